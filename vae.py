@@ -1,0 +1,560 @@
+"""Stage 0: pixels <-> latents. KL autoencoder, reading images, the latent cache.
+
+    python vae.py train  --data SRC --out vae.pt            train an autoencoder (L1 + KL) on your own images
+    python vae.py encode --data SRC --vae vae.pt --out DIR  encode a source once; train.py reads DIR ever after
+
+SRC is a class-per-folder tree of images (JPEG, PNG, WebP) or an .npz of uint8 images and labels. TransDiff itself never sees
+a pixel: it is trained on, and draws, the latents of this autoencoder (Section 3.1: "a VAE to project images into a continuous
+latent space"). The paper's is LDM's KL-16, whose parameter names are kept, so that the released file loads as it is.
+"""
+import argparse
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+from model import load_file
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_DATA, DEMO_VAE = DEMO / "fashion_mnist_10k.npz", DEMO / "vae.pt"
+RELEASED_SCALE = 0.2325  # 1 / standard deviation of the released VAE's latents on ImageNet; its file does not say so
+ARCHS = {  # of vae.py train --arch: kl16 is the paper's (256 px -> 16 x 16 x 16), small is the demo's (32 px -> 8 x 8 x 8)
+    "kl16": dict(channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=16),
+    "small": dict(channels=32, multipliers=(1, 1, 2), blocks=1, z_channels=8),
+}
+
+
+# ---------------------------------------------------------------------------------------------- the autoencoder
+
+
+def norm(channels):
+    # LDM's 32 groups; a level of fewer than 128 channels has groups of 4 instead, since one-channel groups would
+    # normalise each map's mean (the brightness) away
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        if cin != cout:
+            self.nin_shortcut = nn.Conv2d(cin, cout, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the pixels of a feature map."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # [B, HW, C]
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # LDM pads right and bottom only
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Mid(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = ResnetBlock(channels, channels), AttnBlock(channels), ResnetBlock(channels, channels)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """[B, image_channels, H, W] -> [B, 2 z_channels, H / f, W / f], f = 2 ** (levels - 1). Attention at the last level."""
+
+    def __init__(self, channels, multipliers, blocks, z_channels, image_channels):
+        super().__init__()
+        self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        cin = channels
+        for i, m in enumerate(multipliers):
+            level, last = nn.Module(), i == len(multipliers) - 1
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(blocks):
+                level.block.append(ResnetBlock(cin, channels * m))
+                cin = channels * m
+                if last:
+                    level.attn.append(AttnBlock(cin))
+            if not last:
+                level.downsample = Downsample(cin)
+            self.down.append(level)
+        self.mid = Mid(cin)
+        self.norm_out, self.conv_out = norm(cin), nn.Conv2d(cin, 2 * z_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            for j, block in enumerate(level.block):
+                h = block(h)
+                if len(level.attn):
+                    h = level.attn[j](h)
+            if i < len(self.down) - 1:
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """[B, z_channels, h, w] -> [B, image_channels, f h, f w]. One block a level more than the encoder, no attention in the levels."""
+
+    def __init__(self, channels, multipliers, blocks, z_channels, image_channels):
+        super().__init__()
+        cin = channels * multipliers[-1]
+        self.conv_in = nn.Conv2d(z_channels, cin, 3, padding=1)
+        self.mid = Mid(cin)
+        levels = []
+        for i, m in reversed(list(enumerate(multipliers))):
+            level = nn.Module()
+            level.block = nn.ModuleList()
+            for _ in range(blocks + 1):
+                level.block.append(ResnetBlock(cin, channels * m))
+                cin = channels * m
+            if i > 0:
+                level.upsample = Upsample(cin)
+            levels.insert(0, level)  # LDM counts levels from the pixels: up.0 runs last
+        self.up = nn.ModuleList(levels)
+        self.norm_out, self.conv_out = norm(cin), nn.Conv2d(cin, image_channels, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid(self.conv_in(z))
+        for i in reversed(range(len(self.up))):
+            for block in self.up[i].block:
+                h = block(h)
+            if i > 0:
+                h = self.up[i].upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class AutoencoderKL(nn.Module):
+    """LDM's KL autoencoder (Rombach et al. 2022) under LDM's parameter names.
+
+    `scale` is 1 / standard deviation of its latents: TransDiff works on `scale * z`, which has unit variance.
+    `image_size` is the size in pixels that it was trained at; any multiple of `factor` works.
+    """
+
+    def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=16, image_channels=3):
+        super().__init__()
+        self.encoder = Encoder(channels, multipliers, blocks, z_channels, image_channels)
+        self.decoder = Decoder(channels, multipliers, blocks, z_channels, image_channels)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.z_channels, self.factor = z_channels, 2 ** (len(multipliers) - 1)
+        self.scale, self.image_size = RELEASED_SCALE, 256
+
+    def encode(self, x):
+        """x [B, 3, H, W] in [-1, 1] -> mean, logvar, each [B, z, H / factor, W / factor]; logvar clipped to [-30, 20]."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def decode(self, z):
+        """z [B, z, h, w], unscaled -> x [B, 3, factor h, factor w] in about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+def load_vae(path, device="cpu"):
+    """AutoencoderKL from our file or the released one, float32, eval mode; its shape is read off the weights.
+
+    Raises ValueError if the file is not a VAE checkpoint, or its weights do not fit strictly; OSError if it cannot be read.
+    """
+    ckpt = load_file(path)
+    state = ckpt.get("model") if isinstance(ckpt, dict) else None
+    if not isinstance(state, dict) or "quant_conv.weight" not in state or "encoder.conv_in.weight" not in state:
+        raise ValueError(f"{path}: not a VAE checkpoint (expected {{'model': ...}} with LDM's names); is it a TransDiff model?")
+    channels, image_channels = state["encoder.conv_in.weight"].shape[:2]
+    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+    blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block."))
+    multipliers = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels for i in range(levels)]
+    vae = AutoencoderKL(channels, multipliers, blocks, state["post_quant_conv.weight"].shape[0], image_channels)
+    try:
+        vae.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: not an LDM autoencoder: {str(e).splitlines()[1].strip()}") from None
+    vae.scale, vae.image_size = float(ckpt.get("scale", RELEASED_SCALE)), int(ckpt.get("image_size", 256))
+    return vae.to(device).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+def to_uint8(x):
+    """x [B, 3, H, W] in [-1, 1] -> uint8 numpy [B, H, W, 3]."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_uint8(images):
+    """uint8 [B, H, W, 3], tensor or array -> float [B, 3, H, W] in [-1, 1]."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def save_grid(images, path, columns, pad=2, zoom=None):
+    """Write uint8 images [N, H, W, 3] as one PNG, row by row, `pad` white pixels apart; small ones are enlarged to be seen."""
+    n, h, w = images.shape[:3]
+    rows = -(-n // columns)
+    grid = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
+        grid[y : y + h, x : x + w] = image
+    zoom = zoom or max(1, 64 // h)
+    picture = Image.fromarray(grid).resize((grid.shape[1] * zoom, grid.shape[0] * zoom), Image.Resampling.NEAREST)
+    write_whole(path, lambda f: picture.save(f, format="PNG"))
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB, upright by its EXIF tag, transparency on black (what a decoder that drops alpha would show)."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while twice too large, bicubic to size, cut the centre square."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    ratio = size / min(image.size)
+    image = image.resize((max(size, round(image.width * ratio)), max(size, round(image.height * ratio))), Image.Resampling.BICUBIC)
+    x, y = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((x, y, x + size, y + size)))
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """DIR/<class>/**/<image>: the classes are the sorted folder names, as in ImageNet."""
+
+    EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+
+    def __init__(self, root, size):
+        self.root, self.size, paths, labels = str(root), size, [], []
+        self.classes = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
+        for label, name in enumerate(self.classes):
+            found = []
+            for folder, folders, files in os.walk(os.path.join(root, name)):
+                folders[:] = [d for d in folders if not d.startswith(".")]
+                found += [os.path.join(folder, f) for f in files if f.lower().endswith(self.EXTENSIONS) and not f.startswith(".")]
+            if not found:
+                raise ValueError(f"{os.path.join(root, name)}: no images in this class folder; remove it or fill it")
+            paths += sorted(os.fsencode(os.path.relpath(p, root)) for p in found)
+            labels += [label] * len(found)
+        if not paths:
+            raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>.jpg (or .png, .webp)")
+        self.paths, self.labels = np.array(paths), np.array(labels)  # arrays, not lists: 40 bytes an image for ImageNet
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        path = os.path.join(self.root, os.fsdecode(self.paths[i]))
+        try:
+            with Image.open(path) as image:
+                # a JPEG decoder can skip detail that the crop would average away; twice the size keeps ADM's halving exact enough
+                return center_crop(to_rgb(image), self.size)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            raise ValueError(f"{path}: cannot be read as an image ({e})") from None
+
+
+class NpzImages(torch.utils.data.Dataset):
+    """.npz of uint8 images [N, H, W] or [N, H, W, 1 or 3] (`images` or `arr_0`) and labels [N] (`labels` or `arr_1`).
+
+    Larger images are cropped as ADM does; smaller ones are padded, not enlarged, with the colour that their corners mostly have.
+    """
+
+    def __init__(self, path, size):
+        try:
+            data = np.load(path, allow_pickle=False)
+            images = data["images" if "images" in data else "arr_0"]
+            labels = data["labels" if "labels" in data else "arr_1"]
+            names = data["classes"] if "classes" in data else None
+        except (KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError) as e:
+            raise ValueError(f"{path}: needs uint8 images (images or arr_0) and labels (labels or arr_1): {e}") from None
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+            raise ValueError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]")
+        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, expected one whole number >= 0 for each of {len(images)} images")
+        self.images, self.labels, self.size = images, labels.astype(np.int64), size
+        self.classes = [str(n) for n in names] if names is not None else [str(i) for i in range(labels.max() + 1)]
+        corners = images[:1000, [0, 0, -1, -1], [0, -1, 0, -1]].reshape(-1, 1 if images.ndim == 3 else images.shape[3])
+        colours, counts = np.unique(corners, axis=0, return_counts=True)
+        self.border = colours[counts.argmax()]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        image = self.images[i] if self.images.ndim == 4 else self.images[i][..., None]
+        h, w = image.shape[:2]
+        if max(h, w) > self.size:
+            return center_crop(Image.fromarray(np.broadcast_to(image, (h, w, 3)).copy()), self.size)
+        out = np.empty((self.size, self.size, 3), np.uint8)
+        out[:] = self.border
+        y, x = (self.size - h) // 2, (self.size - w) // 2
+        out[y : y + h, x : x + w] = image
+        return out
+
+
+def open_source(path, size):
+    """ImageFolder or NpzImages of `path`, each item uint8 [size, size, 3]. Raises ValueError if it is neither, or empty."""
+    path = Path(path)
+    if path.is_dir():
+        return ImageFolder(path, size)
+    if path.suffix == ".npz" and path.is_file():
+        return NpzImages(path, size)
+    raise ValueError(f"{path}: no such image source; expected a folder of class folders, or an .npz of images and labels")
+
+
+# ---------------------------------------------------------------------------------------------- the latent cache
+#
+# DIR/moments.npy  float16 [N, 2, 2 z, h, w]: mean and log-variance of the centre crop ([:, 0]) and of its mirror image ([:, 1])
+# DIR/labels.npy   int64 [N]
+# DIR/meta.json    classes (names), scale, image_size, vae (file name)
+#
+# moments.npy is written front to back and memory-mapped in training, so neither end holds more than a batch of it.
+
+
+def encode_source(source, vae, out, vae_name, batch_size=64, workers=0, device="cpu", dtype=torch.float32):
+    """Encode every image of `source` into the cache folder `out`, which appears whole, at the end."""
+    out, partial = Path(out), Path(f"{out}.partial")
+    if out.exists():
+        raise ValueError(f"{out}: exists already; remove it or give another --out")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    h = source.size // vae.factor
+    header = dict(descr="<f2", fortran_order=False, shape=(len(source), 2, 2 * vae.z_channels, h, h))
+    loader = torch.utils.data.DataLoader(source, batch_size, num_workers=workers)
+    with open(partial / "moments.npy", "wb") as f, torch.inference_mode():
+        np.lib.format.write_array_header_1_0(f, header)
+        with tqdm(total=len(source), unit="image", desc=f"encoding to {out}") as bar:
+            for images in loader:
+                x = from_uint8(images).to(device)
+                with autocast(device, dtype):
+                    pair = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
+                f.write(torch.stack(pair, dim=1).to("cpu", torch.float16).numpy().tobytes())
+                bar.update(len(images))
+    np.save(partial / "labels.npy", source.labels)
+    meta = dict(classes=source.classes, scale=vae.scale, image_size=source.size, vae=str(vae_name))
+    (partial / "meta.json").write_text(json.dumps(meta))
+    show_reconstructions(source, vae, partial / "reconstructions.png", device)
+    partial.rename(out)
+
+
+class LatentCache:
+    """A cache folder, memory-mapped: `moments` [N, 2, 2 z, h, w] float16, `labels` [N], `classes`, `scale`, `image_size`, `vae`.
+
+    Raises ValueError if the folder is not a whole cache.
+    """
+
+    def __init__(self, path):
+        path = Path(path)
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+            self.moments = np.load(path / "moments.npy", mmap_mode="r")
+            self.labels = np.load(path / "labels.npy")
+            self.classes, self.scale, self.image_size, self.vae = (meta[k] for k in ("classes", "scale", "image_size", "vae"))
+        except (OSError, ValueError, KeyError, EOFError) as e:
+            raise ValueError(f"{path}: not a latent cache ({e}); make one with python vae.py encode --data SRC --vae VAE --out {path}") from None
+        if self.moments.ndim != 5 or len(self.moments) != len(self.labels) or self.labels.max() >= len(self.classes):
+            raise ValueError(f"{path}: moments {self.moments.shape}, {len(self.labels)} labels and {len(self.classes)} classes do not belong together; encode again")
+
+    def __len__(self):
+        return len(self.labels)
+
+    def latents(self, indices, flips, noise):
+        """Scaled posterior samples (mean + std * noise) * scale of images `indices` [n], mirrored where `flips` [n]: float32 [n, z, h, w].
+
+        noise [n, z, h, w] standard normal.
+        """
+        moments = torch.from_numpy(self.moments[indices, flips]).float()
+        mean, logvar = moments.chunk(2, dim=1)
+        return (mean + (0.5 * logvar).exp() * noise) * self.scale
+
+
+# ---------------------------------------------------------------------------------------------- shared by every script
+
+
+def write_whole(path, write):
+    """Call write(file) on PATH.tmp and rename it to PATH: PATH is the old file or the whole new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        tmp.replace(path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+
+
+def pick_device(name=None):
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pick_dtype(name, device):
+    """--dtype: bf16 unless it would be emulated (a CPU without bfloat16 instructions), where float32 is faster."""
+    if name is None:
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if native else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def autocast(device, dtype):
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+def run(main):
+    """Run main(); an expected error (bad input, a full disk) becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def show_reconstructions(source, vae, path, device="cpu"):
+    """Rows of 8 originals, each over its reconstruction from the posterior mean: 16 images spread over the source."""
+    picks = [source[i] for i in np.linspace(0, len(source) - 1, 16).astype(int)]
+    images = np.stack(picks)
+    with torch.inference_mode():
+        decoded = to_uint8(vae.decode(vae.encode(from_uint8(images).to(device))[0]))
+    save_grid(np.concatenate([images[:8], decoded[:8], images[8:], decoded[8:]]), path, columns=8)
+
+
+def train(args):
+    """L1 + KL. The KL term (against a unit Gaussian) is LDM's: summed over the latent, and weighed against the sum over pixels."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+    source = open_source(args.data, args.image_size or (256 if args.arch == "kl16" else 32))
+    vae = AutoencoderKL(**ARCHS[args.arch]).to(device)
+    if source.size % vae.factor:
+        raise ValueError(f"--image-size {source.size}: must be a multiple of {vae.factor} for --arch {args.arch}")
+    ema = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema))
+    optimizer = torch.optim.AdamW(vae.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    warmup = min(100, args.steps // 10 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * min(1, i / args.steps))))
+    sampler = torch.utils.data.RandomSampler(source, num_samples=args.steps * args.batch_size, replacement=len(source) < args.steps * args.batch_size)
+    loader = torch.utils.data.DataLoader(source, args.batch_size, sampler=sampler, num_workers=args.workers, drop_last=True)
+    with tqdm(loader, unit="step", desc=f"VAE on {args.data}") as bar:
+        for images in bar:
+            x = from_uint8(images).to(device)
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
+            with autocast(device, dtype):
+                mean, logvar = (m.float() for m in vae.encode(x))
+                y = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
+            l1 = (y - x).abs().mean()
+            kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / x.numel()
+            optimizer.zero_grad(set_to_none=True)
+            (l1 + args.kl_weight * kl).backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            ema.update_parameters(vae)
+            if bar.n % 20 == 0:
+                bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
+    vae = ema.module.eval().requires_grad_(False)
+    vae.scale, vae.image_size = 1 / latent_std(vae, source, device), source.size
+    print(f"latent standard deviation {1 / vae.scale:.4f}, scale {vae.scale:.4f}")
+    state = {k: v.contiguous() for k, v in vae.state_dict().items()}
+    write_whole(args.out, lambda f: torch.save(dict(model=state, scale=vae.scale, image_size=source.size), f))
+    picture = Path(args.out).with_suffix(".png")
+    show_reconstructions(source, vae, picture, device)
+    print(f"wrote {args.out}; originals over reconstructions in {picture}")
+
+
+@torch.inference_mode()
+def latent_std(vae, source, device, n=2048):
+    """Standard deviation of posterior samples, over every element, of up to n images spread over the source."""
+    picks = np.linspace(0, len(source) - 1, min(n, len(source))).astype(int)
+    total = total2 = count = 0
+    for i in range(0, len(picks), 32):
+        mean, logvar = vae.encode(from_uint8(np.stack([source[j] for j in picks[i : i + 32]])).to(device))
+        z = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)).double()
+        total, total2, count = total + z.sum().item(), total2 + z.square().sum().item(), count + z.numel()
+    return (total2 / count - (total / count) ** 2) ** 0.5
+
+
+def encode(args):
+    device = pick_device(args.device)
+    vae = load_vae(args.vae, device)
+    size = args.image_size or vae.image_size
+    if size % vae.factor:
+        raise ValueError(f"--image-size {size}: must be a multiple of {vae.factor} for {args.vae}")
+    source = open_source(args.data, size)
+    encode_source(source, vae, args.out, args.vae, args.batch_size, args.workers, device, pick_dtype(args.dtype, device))
+    print(f"wrote {len(source)} images of {len(source.classes)} classes to {args.out}; originals over reconstructions in {args.out}/reconstructions.png")
+
+
+def main():
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
+    commands = parser.add_subparsers(required=True, metavar="train | encode")
+    for name, function in (("train", train), ("encode", encode)):
+        p = commands.add_parser(name, help=function.__doc__, formatter_class=formatter)
+        p.set_defaults(function=function)
+        p.add_argument("--data", default=str(DEMO_DATA), help="folder of class folders, or .npz")
+        p.add_argument("--image-size", type=int, help="pixels; default: 256 for kl16, 32 for small, the VAE's own when encoding")
+        p.add_argument("--batch-size", type=int, default=64, help="images")
+        p.add_argument("--workers", type=int, default=0, help="processes that read images; 0 reads in this one")
+        p.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
+        p.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; weights stay float32; default: bf16 where the hardware has it")
+        if function is train:
+            p.add_argument("--out", default="runs/vae.pt", help="file to write")
+            p.add_argument("--arch", choices=ARCHS, default="small", help="kl16: the paper's; small: the demo's")
+            p.add_argument("--steps", type=int, default=4000, help="optimiser steps")
+            p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; cosine to 0")
+            p.add_argument("--kl-weight", type=float, default=1e-3, help="weight of the KL term")
+            p.add_argument("--ema", type=float, default=0.999, help="decay per step of the averaged weights, which are what is written")
+            p.add_argument("--seed", type=int, default=0)
+        else:
+            p.add_argument("--vae", default=str(DEMO_VAE), help="VAE file, ours or the released one")
+            p.add_argument("--out", default="runs/latents", help="cache folder to write")
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    run(main)
