@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from model import load_file
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))  # relative: it is recorded in caches and checkpoints
 DEMO_DATA, DEMO_VAE = DEMO / "fashion_mnist_10k.npz", DEMO / "vae.pt"
 RELEASED_SCALE = 0.2325  # 1 / standard deviation of the released VAE's latents on ImageNet; its file does not say so
 ARCHS = {  # of vae.py train --arch: kl16 is the paper's (256 px -> 16 x 16 x 16), small is the demo's (32 px -> 8 x 8 x 8)
@@ -393,6 +393,8 @@ class LatentCache:
             raise ValueError(f"{path}: not a latent cache ({e}); make one with python vae.py encode --data SRC --vae VAE --out {path}") from None
         if self.moments.ndim != 5 or len(self.moments) != len(self.labels) or self.labels.max() >= len(self.classes):
             raise ValueError(f"{path}: moments {self.moments.shape}, {len(self.labels)} labels and {len(self.classes)} classes do not belong together; encode again")
+
+        self.latent_shape = (self.moments.shape[2] // 2, *self.moments.shape[3:])
 
     def __len__(self):
         return len(self.labels)

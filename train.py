@@ -1,0 +1,321 @@
+"""Stage 1: train TransDiff, 1-step AR, on a latent cache (Section 3.2.1; recipe of Appendix B).
+
+    python train.py                                               the XS demo on the bundled images, minutes on a CPU
+    torchrun --nproc_per_node 8 train.py --size B --data LATENTS  the paper's recipe on ImageNet latents
+
+A run writes OUT/last.pt (everything needed to go on: --resume), OUT/ema.pt (averaged weights in float16: what sample.py takes),
+OUT/log.csv and pictures of samples. finetune_mrar.py is stage 2 and runs this same loop on chains of images.
+"""
+import argparse
+import csv
+import dataclasses
+import hashlib
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from model import SAMPLING, SIZES, TransDiff, load_file, load_state, warm_start
+from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, encode_source, load_vae, open_source, pick_device, pick_dtype, run, save_grid, to_uint8, write_whole
+
+PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
+RECIPES = {  # defaults of the flags of the same names; lengths are epochs for the paper's recipes, steps for the demo's
+    "1-step": dict(PAPER, lr=8e-4, epochs=800, warmup=100, repeats=4),
+    "MRAR": dict(PAPER, lr=5e-5, epochs=40, warmup=10, repeats=2),
+    "512 px": dict(PAPER, lr=1e-4, epochs=150, warmup=10, repeats=4, ema=0.999),
+    "XS 1-step": dict(lr=2e-3, steps=1600, warmup=100, repeats=4, batch_size=64, ema=0.998, cooldown=0.5, sample_every=800, save_every=400),
+    "XS MRAR": dict(lr=1e-3, steps=300, warmup=30, repeats=2, batch_size=32, ema=0.99, cooldown=0.5, sample_every=300, save_every=150),
+}
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+class Chains(torch.utils.data.IterableDataset):
+    """Batches of chains, `refs` images of one class each, from step `start` on: (latents [b, refs, C, h, w], labels [b]).
+
+    An epoch is every image once, as a member of one chain; images and chains are drawn afresh every epoch, and what is left of a class when
+    its chains are full sits that epoch out. Epochs follow each other without a seam: step s takes chains [s B, (s + 1) B) of that endless
+    order, of which this rank takes its even share. Everything random is a function of (seed, epoch or step, rank), so any step can be had again.
+    """
+
+    def __init__(self, cache, refs, batch_size, seed, start=0, rank=0, world=1):
+        self.cache, self.refs, self.batch_size, self.seed, self.start, self.rank, self.world = cache, refs, batch_size, seed, start, rank, world
+        counts = np.bincount(cache.labels, minlength=len(cache.classes))
+        few = [name for name, n in zip(cache.classes, counts) if n < refs]
+        if few:
+            raise ValueError(f"{len(few)} classes have fewer than {refs} images, so no chain of --refs {refs}: {', '.join(few[:10])}{' ...' if len(few) > 10 else ''}")
+        self.chains = int((counts // refs).sum())  # in an epoch
+        self.epoch, self.order = -1, None
+
+    def epoch_order(self, epoch):
+        """Image indices [chains, refs] of one epoch."""
+        if epoch == self.epoch:
+            return self.order
+        rng = np.random.default_rng((self.seed, epoch))
+        images = rng.permutation(len(self.cache))
+        if self.refs > 1:
+            images = images[np.argsort(self.cache.labels[images], kind="stable")]  # by class, shuffled within
+            labels = self.cache.labels[images]
+            starts = np.searchsorted(labels, labels)  # where each image's class begins
+            place, size = np.arange(len(images)) - starts, np.bincount(labels)[labels]
+            images = images[place < size // self.refs * self.refs]
+            images = rng.permutation(images.reshape(-1, self.refs))
+        self.epoch, self.order = epoch, images.reshape(-1, self.refs)
+        return self.order
+
+    def batch(self, step):
+        share = self.batch_size // self.world
+        first = step * self.batch_size + self.rank * share
+        picks = [self.epoch_order(p // self.chains)[p % self.chains] for p in range(first, first + share)]
+        indices = np.stack(picks)
+        rng = np.random.default_rng((self.seed, step, self.rank))
+        flips = rng.integers(0, 2, indices.size)
+        noise = rng.standard_normal((indices.size, *self.cache.latent_shape), dtype=np.float32)
+        latents = self.cache.latents(indices.ravel(), flips, torch.from_numpy(noise))
+        return latents.unflatten(0, indices.shape), torch.from_numpy(self.cache.labels[indices[:, 0]])
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        step, stride = (self.start, 1) if worker is None else (self.start + worker.id, worker.num_workers)
+        while True:  # a DataLoader takes from its workers in turn, so the steps come out in order
+            yield self.batch(step)
+            step += stride
+
+
+def latent_cache(args, device, dtype, rank):
+    """The cache at --data; where --data is a source of images, it is encoded first (once: the folder's name tells the VAE)."""
+    path = Path(args.data)
+    if not (path / "meta.json").exists() and args.data != "latents" and not path.name.endswith(".partial"):
+        vae = load_vae(args.vae, device)
+        digest = hashlib.sha256(Path(args.vae).read_bytes()).hexdigest()[:8]
+        source = open_source(path, args.image_size or vae.image_size)
+        path = Path("runs") / f"latents-{path.stem}-{source.size}-{digest}"
+        if rank == 0 and not path.exists():
+            encode_source(source, vae, path, args.vae, device=device, dtype=dtype)
+        if dist.is_initialized():
+            dist.barrier()
+    cache = LatentCache(path)
+    if args.image_size and args.image_size != cache.image_size:
+        raise ValueError(f"--image-size {args.image_size}: the latents in {path} are of {cache.image_size} px images")
+    return cache
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def learning_rate(step, args):
+    """Linear warm-up, constant, and (not in the paper) a linear cooldown to 0 over the last `cooldown` share of the run."""
+    left = (args.steps - step) / max(1, args.cooldown * args.steps)
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup), left)
+
+
+def make_optimizer(model, args):
+    """AdamW; weight decay on the AR Transformer's matrices alone: not on 1-D parameters, nor on the decoder, as in the release."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for n, p in named if p.ndim > 1 and not n.startswith("decoder.")]
+    others = [p for n, p in named if p.ndim == 1 or n.startswith("decoder.")]
+    groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], args.lr, betas=(0.9, 0.95), fused=True)
+
+
+def draw_samples(model, cache, args, device, dtype, path):
+    """A picture: 8 images (the last of each chain) in a row for each of the first ten classes, from the averaged weights."""
+    if not Path(cache.vae).exists():
+        return f"no picture of samples: {cache.vae}, which made the latents, is not there"
+    vae, n = load_vae(cache.vae, device), min(10, len(cache.classes))
+    generator = torch.Generator(device).manual_seed(args.seed)
+    randn = lambda x: torch.randn(x.shape, generator=generator, device=device)  # noqa: E731
+    labels = torch.arange(n, device=device).repeat_interleave(8)
+    with torch.inference_mode(), autocast(device, dtype):
+        latents = model.sample(labels, noise_sampler=randn, **SAMPLING[args.name])[:, -1]
+        images = torch.cat([vae.decode(z / vae.scale).float() for z in latents.split(8)])
+    save_grid(to_uint8(images), path, columns=8)
+
+
+def train(args, refs=1):
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else None))
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dtype = pick_dtype(args.dtype, device)
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+    out, log = Path(args.out), (print if rank == 0 else lambda *_: None)
+    if (out / "last.pt").exists() and not args.resume:
+        raise ValueError(f"{out}/last.pt exists: --resume goes on with that run; else give another --out, or remove {out}")
+
+    # the recipe: what was not given on the command line
+    args.name = args.size if refs == 1 else f"{args.size}-mrar"
+    recipe = RECIPES[("XS MRAR" if refs > 1 else "XS 1-step") if args.size == "XS" else "MRAR" if refs > 1 else "512 px" if args.only_decoder else "1-step"]
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    args.__dict__.update(recipe | given)
+    if args.batch_size % (world * args.accumulate):
+        raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of {world} processes x --accumulate {args.accumulate}, e.g. {-(-args.batch_size // (world * args.accumulate)) * world * args.accumulate}")
+
+    # data and model
+    cache = latent_cache(args, device, dtype, rank)
+    channels, size, _ = cache.latent_shape
+    config = dataclasses.replace(SIZES[args.size], refs=refs, num_classes=len(cache.classes), latent_channels=channels, latent_size=size)
+    torch.manual_seed(args.seed)
+    model = TransDiff(config)
+    last = None
+    if args.resume:
+        last = load_file(out / "last.pt")
+        if last["config"] != dataclasses.asdict(config):
+            differ = [f"{k} {v} there, {getattr(config, k)} here" for k, v in last["config"].items() if getattr(config, k) != v]
+            raise ValueError(f"{out}/last.pt is of another run: {', '.join(differ)}")
+        model.load_state_dict(last["model"])
+        log(f"going on from {out}/last.pt at step {last['step']}")
+    elif args.init:
+        for note in warm_start(model, *load_state(args.init)[:2], path=args.init):
+            log(f"{args.init}: {note}")
+    if args.only_decoder:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.startswith("decoder."))
+    model.to(device)
+    averaged = TransDiff(config).to(device).eval().requires_grad_(False)
+    averaged.load_state_dict(last["model_ema"] if last else model.state_dict())
+    optimizer = make_optimizer(model, args)
+    step = 0
+    if last:
+        optimizer.load_state_dict(last["optimizer"])
+        step = last["step"]
+
+    chains = Chains(cache, refs, args.batch_size, args.seed, step, rank, world)
+    per_epoch = chains.chains / args.batch_size
+    if not getattr(args, "steps", None) or "epochs" in given:  # the recipe's lengths are in epochs
+        args.steps = math.ceil(args.epochs * per_epoch)
+        args.warmup = math.ceil(args.warmup * per_epoch)
+    loader = iter(torch.utils.data.DataLoader(chains, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
+    forward = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
+    if args.compile if args.compile is not None else device.type == "cuda":
+        forward = torch.compile(forward)
+    count = sum(p.numel() for p in model.parameters())
+    log(f"TransDiff-{args.name}: {count:,} parameters on {world} x {device.type} in {str(dtype)[6:]}; {len(cache):,} images of {len(cache.classes)} classes, chains of {refs}; {args.steps} steps of {args.batch_size} chains = {args.steps / per_epoch:.1f} epochs")
+
+    def save(keep=False):
+        if rank:
+            return
+        weights = {k: v.half() for k, v in averaged.state_dict().items()}
+        info = dict(config=dataclasses.asdict(config), size=args.size, step=step, classes=cache.classes, vae=cache.vae)
+        write_whole(out / "last.pt", lambda f: torch.save(dict(info, model=model.state_dict(), model_ema=averaged.state_dict(), optimizer=optimizer.state_dict()), f))
+        for name in ["ema.pt"] + ([f"ema-{step:07d}.pt"] if keep else []):
+            write_whole(out / name, lambda f: torch.save(dict(info, model=weights), f))
+
+    # train
+    model.train()
+    out.mkdir(parents=True, exist_ok=True)
+    window, window_loss, started = 0, torch.zeros((), device=device), time.time()
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0, desc=f"{args.name}")
+    while step < args.steps:
+        torch.manual_seed(hash((args.seed, step, rank)))  # of label dropout, t, noise and dropout: a resumed run draws what it would have drawn
+        latents, labels = (x.to(device, non_blocking=True) for x in next(loader))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        for i, (z, y) in enumerate(zip(latents.chunk(args.accumulate), labels.chunk(args.accumulate))):
+            if world > 1:
+                forward.require_backward_grad_sync = i == args.accumulate - 1
+            with autocast(device, dtype):
+                loss = forward(z, y, repeats=args.repeats, t_distribution=args.t)
+            (loss / args.accumulate).backward()
+            window_loss += loss.detach() / args.accumulate
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema, (1 + step) / (10 + step))  # short of history the average follows the weights
+        torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+        step, window = step + 1, window + 1
+        bar.update()
+
+        if step % args.log_every == 0 or step == args.steps:
+            mean = window_loss / window
+            if world > 1:
+                dist.all_reduce(mean, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
+                mean /= 1 if device.type == "cuda" else world
+            if not math.isfinite(mean):
+                raise ValueError(f"the loss is {mean.item()} at step {step}: not saved; --resume goes back to the last checkpoint, a smaller --lr may help")
+            rate = window * args.batch_size * refs / (time.time() - started)
+            if rank == 0:
+                row = dict(step=step, epoch=f"{step / per_epoch:.3f}", loss=f"{mean.item():.5f}", grad_norm=f"{norm.item():.4f}", lr=f"{learning_rate(step - 1, args):.3e}", images_per_second=f"{rate:.1f}")
+                fresh = not (out / "log.csv").exists()
+                with open(out / "log.csv", "a", newline="") as f:
+                    writer = csv.DictWriter(f, row)
+                    if fresh:
+                        writer.writeheader()
+                    writer.writerow(row)
+            bar.set_postfix(loss=f"{mean.item():.4f}", images=f"{rate:.0f}/s")
+            window, started = 0, time.time()
+            window_loss.zero_()
+        done, keep = step == args.steps, args.keep_every and step % args.keep_every == 0
+        if done or keep or step % args.save_every == 0:
+            save(keep)
+        if rank == 0 and (done or step % args.sample_every == 0):
+            note = draw_samples(averaged, cache, args, device, dtype, out / f"samples-{step:07d}.png")
+            tqdm.write(note or f"wrote {out}/samples-{step:07d}.png")
+            started = time.time()
+    bar.close()
+    log(f"wrote {out}/last.pt, {out}/ema.pt and {out}/log.csv; draw from them with python sample.py --ckpt {out}/ema.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def default_data(size):
+    return str(DEMO_DATA) if size == "XS" else "latents"
+
+
+def make_parser(doc, out, only=("XS 1-step", "1-step", "512 px")):
+    recipes = "\n".join(f"  {name:10}" + ", ".join(f"{k} {v}" for k, v in RECIPES[name].items()) for name in only)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"recipes (warm-up in epochs where the length is in epochs, else in steps):\n{recipes}",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="XS", help="of the model (default: XS)")
+    add("--data", help="latent cache, or images to encode first (default: the bundled images for XS, else ./latents)")
+    add("--vae", default=str(DEMO_VAE), help="VAE that encodes --data if it is images (default: the bundled one)")
+    add("--image-size", type=int, help="pixels; default: the cache's, or the VAE's own")
+    add("--out", default=out, help="folder of the run (default: %(default)s)")
+    add("--resume", action="store_true", help="go on from OUT/last.pt")
+    add("--init", help="checkpoint whose averaged weights to start from (default: %(default)s)")
+    add("--steps", type=int, help="length of the run in optimiser steps")
+    add("--epochs", type=float, help="length of the run in passes over the images, instead of --steps")
+    add("--batch-size", type=int, help="chains (1-step: images) a step, over all processes")
+    add("--accumulate", type=int, default=1, help="micro-batches a step on each process, to save memory (default: 1)")
+    add("--lr", type=float, help="peak learning rate; scale it with the batch size")
+    add("--warmup", type=float, help="of the learning rate: epochs with --epochs, steps with --steps")
+    add("--cooldown", type=float, help="last share of the run over which the learning rate falls to 0, 0 to 1")
+    add("--weight-decay", type=float, default=0.02, help="(default: 0.02)")
+    add("--clip", type=float, default=3.0, help="largest norm of the gradient (default: 3)")
+    add("--ema", type=float, help="decay per step of the averaged weights")
+    add("--repeats", type=int, help="draws of (t, noise) an image")
+    add("--t", choices=["logit-normal", "uniform"], default="logit-normal", help="distribution of t: the release's, or Eq. 5's (default: logit-normal)")
+    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--save-every", type=int, help="steps between checkpoints")
+    add("--keep-every", type=int, help="also keep the averaged weights of every so many steps, as OUT/ema-STEP.pt")
+    add("--sample-every", type=int, help="steps between pictures")
+    add("--log-every", type=int, default=50, help="steps between rows of log.csv (default: 50)")
+    add("--workers", type=int, default=0, help="processes that read latents; 2 or more keep a GPU busy (default: 0, this one)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("--dtype", choices=["bf16", "fp32"], help="of autocast; weights stay float32 (default: bf16 where the hardware has it)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    return parser
+
+
+def main():
+    parser = make_parser(__doc__, "runs/train")
+    parser.add_argument("--only-decoder", action="store_true", help="freeze the AR Transformer: the 512 px recipe, with --init and --image-size 512")
+    args = parser.parse_args()
+    args.data = args.data or default_data(args.size)
+    train(args)
+
+
+if __name__ == "__main__":
+    run(main)
