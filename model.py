@@ -64,7 +64,7 @@ class Config:
 
 
 SIZES = {  # Appendix B; XS is ours, for the bundled 32 px demo
-    "XS": Config(192, 3, 4, 4, num_classes=10, cond_tokens=64, class_tokens=16, latent_channels=8, latent_size=8, dropout=0.0),
+    "XS": Config(160, 5, 3, 4, num_classes=10, cond_tokens=64, class_tokens=16, latent_channels=8, latent_size=8, dropout=0.0),
     "B": Config(768, 12, 24, 12),
     "L": Config(1024, 16, 32, 16),
     "H": Config(1280, 16, 40, 20),

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from model import SAMPLING, load_checkpoint
-from vae import DEMO, DEMO_VAE, autocast, load_vae, pick_device, pick_dtype, run, save_grid, to_uint8, write_whole
+from vae import DEMO, DEMO_VAE, autocast, load_vae, pick_device, pick_dtype, run, save_grid, seed_of, to_uint8, write_whole
 
 DEMO_MODEL = DEMO / "mrar.pt"
 RELEASED = {  # --pretrained: folder of the authors' repository
@@ -69,9 +69,15 @@ def class_indices(words, names, num_classes):
     return indices
 
 
+def released_name(config):
+    """Which of the released models a file of that shape is, for its published settings; XS for anything else."""
+    size = {768: "B", 1024: "L", 1280: "H"}.get(config.width, "XS")
+    return "L-512" if size == "L" and config.latent_size == 32 else size if config.refs == 1 else f"{size}-mrar"
+
+
 def per_image_noise(seed, indices, device):
     """noise_sampler(x) whose row i is a function of (seed, indices[i]) alone, whatever else is in the batch."""
-    generators = [torch.Generator().manual_seed(int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1)) for i in indices]
+    generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in indices]
     return lambda x: torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(device)
 
 
@@ -127,20 +133,18 @@ def main():
     dtype = pick_dtype(args.dtype, device)
 
     model = load_checkpoint(fetch(RELEASED[args.pretrained]) if args.pretrained else args.ckpt or DEMO_MODEL, device)
-    vae_path = args.vae or (fetch("vae") if args.pretrained else model.info.get("vae", ""))
-    if not Path(vae_path).is_file():
-        if model.config.latent_channels != 8:
-            raise ValueError(f"--vae: name the VAE that made this model's latents{f' ({vae_path} is not there)' if vae_path else ''}")
-        vae_path = DEMO_VAE
+    vae_path = Path(args.vae or (fetch("vae") if args.pretrained else model.info.get("vae", "")))
+    if vae_path.name == DEMO_VAE.name and not args.vae and not vae_path.is_file():
+        vae_path = DEMO_VAE  # named relative to the folder that the model was trained in
+    if not vae_path.is_file():
+        raise ValueError(f"--vae {vae_path}: no such file; name the VAE that made this model's latents")
     vae = load_vae(vae_path, device)
     if vae.z_channels != model.config.latent_channels:
         raise ValueError(f"--vae {vae_path}: has {vae.z_channels} latent channels, the model {model.config.latent_channels}")
     refs = args.refs or model.config.refs
     if not 1 <= refs <= model.config.refs:
         raise ValueError(f"--refs {refs}: this model draws chains of 1 to {model.config.refs} images")
-    size = args.pretrained or model.info.get("size") or {768: "B", 1024: "L", 1280: "H"}.get(model.config.width, "XS")
-    settings = SAMPLING[size if size in SAMPLING and "-" in size or model.config.refs == 1 else f"{size}-mrar"]
-    for name, value in settings.items():
+    for name, value in SAMPLING[args.pretrained or model.info.get("size") or released_name(model.config)].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.n < 1 or args.steps < 1 or args.batch_size < 1:

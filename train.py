@@ -22,15 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import SAMPLING, SIZES, TransDiff, load_file, load_state, warm_start
-from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, encode_source, load_vae, open_source, pick_device, pick_dtype, run, save_grid, to_uint8, write_whole
+from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, encode_source, load_vae, open_source, pick_device, pick_dtype, run, save_grid, seed_of, to_uint8, write_whole
 
 PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
-RECIPES = {  # defaults of the flags of the same names; lengths are epochs for the paper's recipes, steps for the demo's
-    "1-step": dict(PAPER, lr=8e-4, epochs=800, warmup=100, repeats=4),
-    "MRAR": dict(PAPER, lr=5e-5, epochs=40, warmup=10, repeats=2),
-    "512 px": dict(PAPER, lr=1e-4, epochs=150, warmup=10, repeats=4, ema=0.999),
-    "XS 1-step": dict(lr=2e-3, steps=1600, warmup=100, repeats=4, batch_size=64, ema=0.998, cooldown=0.5, sample_every=800, save_every=400),
-    "XS MRAR": dict(lr=1e-3, steps=300, warmup=30, repeats=2, batch_size=32, ema=0.99, cooldown=0.5, sample_every=300, save_every=150),
+DEMO = dict(warmup=1 / 16, cooldown=1 / 2, repeats=1, ema=0.998, sample_every=500, save_every=500)  # on the bundled images, by trial
+RECIPES = {  # defaults of the flags of the same names; warmup 1/8 of 800 epochs is the paper's 100 epochs, and so on
+    "1-step": dict(PAPER, epochs=800, lr=8e-4, warmup=1 / 8, repeats=4),
+    "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, repeats=2),
+    "512 px": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, repeats=4, ema=0.999),
+    "XS 1-step": dict(DEMO, steps=1400, lr=2e-3, batch_size=64),
+    "XS MRAR": dict(DEMO, steps=400, lr=5e-4, batch_size=16),
 }
 
 
@@ -111,9 +112,9 @@ def latent_cache(args, device, dtype, rank):
 
 
 def learning_rate(step, args):
-    """Linear warm-up, constant, and (not in the paper) a linear cooldown to 0 over the last `cooldown` share of the run."""
+    """Linear warm-up over the first `warmup` share of the run, constant, and (not in the paper) to 0 over the last `cooldown` share."""
     left = (args.steps - step) / max(1, args.cooldown * args.steps)
-    return args.lr * min(1.0, (step + 1) / max(1, args.warmup), left)
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup * args.steps), left)
 
 
 def make_optimizer(model, args):
@@ -126,17 +127,17 @@ def make_optimizer(model, args):
 
 
 def draw_samples(model, cache, args, device, dtype, path):
-    """A picture: 8 images (the last of each chain) in a row for each of the first ten classes, from the averaged weights."""
+    """A picture: 4 images (the last of each chain) in a row for each of the first ten classes, from the averaged weights."""
     if not Path(cache.vae).exists():
         return f"no picture of samples: {cache.vae}, which made the latents, is not there"
     vae, n = load_vae(cache.vae, device), min(10, len(cache.classes))
     generator = torch.Generator(device).manual_seed(args.seed)
     randn = lambda x: torch.randn(x.shape, generator=generator, device=device)  # noqa: E731
-    labels = torch.arange(n, device=device).repeat_interleave(8)
+    labels = torch.arange(n, device=device).repeat_interleave(4)
     with torch.inference_mode(), autocast(device, dtype):
         latents = model.sample(labels, noise_sampler=randn, **SAMPLING[args.name])[:, -1]
         images = torch.cat([vae.decode(z / vae.scale).float() for z in latents.split(8)])
-    save_grid(to_uint8(images), path, columns=8)
+    save_grid(to_uint8(images), path, columns=4)
 
 
 def train(args, refs=1):
@@ -157,6 +158,8 @@ def train(args, refs=1):
     recipe = RECIPES[("XS MRAR" if refs > 1 else "XS 1-step") if args.size == "XS" else "MRAR" if refs > 1 else "512 px" if args.only_decoder else "1-step"]
     given = {k: v for k, v in vars(args).items() if v is not None}
     args.__dict__.update(recipe | given)
+    if "steps" in given and "epochs" in given:
+        raise ValueError("--steps and --epochs both set the length of the run; give one")
     if args.batch_size % (world * args.accumulate):
         raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of {world} processes x --accumulate {args.accumulate}, e.g. {-(-args.batch_size // (world * args.accumulate)) * world * args.accumulate}")
 
@@ -191,9 +194,8 @@ def train(args, refs=1):
 
     chains = Chains(cache, refs, args.batch_size, args.seed, step, rank, world)
     per_epoch = chains.chains / args.batch_size
-    if not getattr(args, "steps", None) or "epochs" in given:  # the recipe's lengths are in epochs
+    if args.epochs and "steps" not in given:
         args.steps = math.ceil(args.epochs * per_epoch)
-        args.warmup = math.ceil(args.warmup * per_epoch)
     loader = iter(torch.utils.data.DataLoader(chains, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
     forward = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
     if args.compile if args.compile is not None else device.type == "cuda":
@@ -205,7 +207,7 @@ def train(args, refs=1):
         if rank:
             return
         weights = {k: v.half() for k, v in averaged.state_dict().items()}
-        info = dict(config=dataclasses.asdict(config), size=args.size, step=step, classes=cache.classes, vae=cache.vae)
+        info = dict(config=dataclasses.asdict(config), size=args.name, step=step, classes=cache.classes, vae=cache.vae)
         write_whole(out / "last.pt", lambda f: torch.save(dict(info, model=model.state_dict(), model_ema=averaged.state_dict(), optimizer=optimizer.state_dict()), f))
         for name in ["ema.pt"] + ([f"ema-{step:07d}.pt"] if keep else []):
             write_whole(out / name, lambda f: torch.save(dict(info, model=weights), f))
@@ -216,7 +218,7 @@ def train(args, refs=1):
     window, window_loss, started = 0, torch.zeros((), device=device), time.time()
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0, desc=f"{args.name}")
     while step < args.steps:
-        torch.manual_seed(hash((args.seed, step, rank)))  # of label dropout, t, noise and dropout: a resumed run draws what it would have drawn
+        torch.manual_seed(seed_of(args.seed, step, rank))  # of label dropout, t, noise and dropout: a resumed run draws what it would have drawn
         latents, labels = (x.to(device, non_blocking=True) for x in next(loader))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -272,10 +274,10 @@ def default_data(size):
 
 
 def make_parser(doc, out, only=("XS 1-step", "1-step", "512 px")):
-    recipes = "\n".join(f"  {name:10}" + ", ".join(f"{k} {v}" for k, v in RECIPES[name].items()) for name in only)
+    recipes = "\n".join(f"  {name:10}" + ", ".join(f"{k} {v:g}" for k, v in RECIPES[name].items()) for name in only)
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"recipes (warm-up in epochs where the length is in epochs, else in steps):\n{recipes}",
+        epilog=f"recipes:\n{recipes}",
     )  # fmt: skip
     add = parser.add_argument
     add("--size", choices=SIZES, default="XS", help="of the model (default: XS)")
@@ -290,7 +292,7 @@ def make_parser(doc, out, only=("XS 1-step", "1-step", "512 px")):
     add("--batch-size", type=int, help="chains (1-step: images) a step, over all processes")
     add("--accumulate", type=int, default=1, help="micro-batches a step on each process, to save memory (default: 1)")
     add("--lr", type=float, help="peak learning rate; scale it with the batch size")
-    add("--warmup", type=float, help="of the learning rate: epochs with --epochs, steps with --steps")
+    add("--warmup", type=float, help="first share of the run over which the learning rate rises, 0 to 1")
     add("--cooldown", type=float, help="last share of the run over which the learning rate falls to 0, 0 to 1")
     add("--weight-decay", type=float, default=0.02, help="(default: 0.02)")
     add("--clip", type=float, default=3.0, help="largest norm of the gradient (default: 3)")

@@ -350,7 +350,7 @@ def open_source(path, size):
 # moments.npy is written front to back and memory-mapped in training, so neither end holds more than a batch of it.
 
 
-def encode_source(source, vae, out, vae_name, batch_size=64, workers=0, device="cpu", dtype=torch.float32):
+def encode_source(source, vae, out, vae_name, batch_size=32, workers=0, device="cpu", dtype=torch.float32):
     """Encode every image of `source` into the cache folder `out`, which appears whole, at the end."""
     out, partial = Path(out), Path(f"{out}.partial")
     if out.exists():
@@ -428,6 +428,11 @@ def write_whole(path, write):
         raise
 
 
+def seed_of(*numbers):
+    """One 63-bit seed of several whole numbers >= 0."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 def pick_device(name=None):
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -466,7 +471,7 @@ def show_reconstructions(source, vae, path, device="cpu"):
 
 
 def train(args):
-    """L1 + KL. The KL term (against a unit Gaussian) is LDM's: summed over the latent, and weighed against the sum over pixels."""
+    """L1 + KL, learning rate falling to 0 by a cosine (which does what averaging the weights would). The KL term (against a unit Gaussian) is LDM's: summed over the latent, and weighed against the sum over pixels."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
@@ -474,7 +479,6 @@ def train(args):
     vae = AutoencoderKL(**ARCHS[args.arch]).to(device)
     if source.size % vae.factor:
         raise ValueError(f"--image-size {source.size}: must be a multiple of {vae.factor} for --arch {args.arch}")
-    ema = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema))
     optimizer = torch.optim.AdamW(vae.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     warmup = min(100, args.steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * min(1, i / args.steps))))
@@ -494,13 +498,12 @@ def train(args):
             nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            ema.update_parameters(vae)
             if bar.n % 20 == 0:
                 bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
-    vae = ema.module.eval().requires_grad_(False)
+    vae.eval().requires_grad_(False)
     vae.scale, vae.image_size = 1 / latent_std(vae, source, device), source.size
     print(f"latent standard deviation {1 / vae.scale:.4f}, scale {vae.scale:.4f}")
-    state = {k: v.contiguous() for k, v in vae.state_dict().items()}
+    state = {k: v.half() for k, v in vae.state_dict().items()}  # rounding far below the reconstruction's own error
     write_whole(args.out, lambda f: torch.save(dict(model=state, scale=vae.scale, image_size=source.size), f))
     picture = Path(args.out).with_suffix(".png")
     show_reconstructions(source, vae, picture, device)
@@ -539,17 +542,16 @@ def main():
         p.set_defaults(function=function)
         p.add_argument("--data", default=str(DEMO_DATA), help="folder of class folders, or .npz")
         p.add_argument("--image-size", type=int, help="pixels; default: 256 for kl16, 32 for small, the VAE's own when encoding")
-        p.add_argument("--batch-size", type=int, default=64, help="images")
+        p.add_argument("--batch-size", type=int, default=32, help="images")
         p.add_argument("--workers", type=int, default=0, help="processes that read images; 0 reads in this one")
         p.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
         p.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; weights stay float32; default: bf16 where the hardware has it")
         if function is train:
             p.add_argument("--out", default="runs/vae.pt", help="file to write")
             p.add_argument("--arch", choices=ARCHS, default="small", help="kl16: the paper's; small: the demo's")
-            p.add_argument("--steps", type=int, default=4000, help="optimiser steps")
-            p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; cosine to 0")
-            p.add_argument("--kl-weight", type=float, default=1e-3, help="weight of the KL term")
-            p.add_argument("--ema", type=float, default=0.999, help="decay per step of the averaged weights, which are what is written")
+            p.add_argument("--steps", type=int, default=5000, help="optimiser steps")
+            p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate; cosine to 0; 1e-4 is safer for kl16")
+            p.add_argument("--kl-weight", type=float, default=2e-3, help="weight of the KL term")
             p.add_argument("--seed", type=int, default=0)
         else:
             p.add_argument("--vae", default=str(DEMO_VAE), help="VAE file, ours or the released one")

@@ -1,0 +1,104 @@
+"""sample.py on the bundled weights, and the download of the released ones from a server of our own."""
+import http.server
+import threading
+
+import numpy as np
+import pytest
+from golden import write_released
+from PIL import Image
+
+import sample
+from vae import DEMO_DATA
+
+
+def test_the_readmes_first_command_draws_trousers(tmp_path, command):
+    out, _ = command("sample.py --class 1 --refs 4")
+    picture = np.asarray(Image.open(tmp_path / "runs" / "samples.png").convert("L"))
+    assert "8 images (trouser; refs 4" in out and picture.shape == ((32 + 4) * 2, (8 * 34 + 2) * 2)
+    data = np.load(DEMO_DATA)
+    means = np.stack([data["images"][data["labels"] == k].mean(0) for k in range(10)])
+    means = means.reshape(10, -1) - means.reshape(10, -1).mean(1, keepdims=True)
+    images = np.stack([picture[4 + 4 : 4 + 60 : 2, 4 + 68 * i + 4 : 4 + 68 * i + 60 : 2] for i in range(8)]).reshape(8, -1)
+    likeness = (images - images.mean(1, keepdims=True)) @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    assert (likeness.argmax(1) == 1).sum() >= 6  # nearest class by correlation with the mean garment
+
+
+def test_image_i_is_a_function_of_seed_and_i(tmp_path, command):
+    flags = "sample.py --class 2 7 --n 3 --steps 3 --refs 2 --dtype fp32 --out"
+    command(f"{flags} a.npz")
+    command(f"{flags} b.npz --batch-size 4")
+    command(f"{flags} c.npz --seed 1")
+    a, b, c = (np.load(tmp_path / f"{x}.npz")["arr_0"].astype(int) for x in "abc")
+    assert np.abs(a - b).max() <= 1 and np.abs(a - c).mean() > 5
+    assert len(np.unique(a.reshape(6, -1), axis=0)) == 6
+
+
+def test_show_chain(tmp_path, command):
+    command("sample.py --class bag --n 2 --refs 3 --steps 2 --show-chain --out chain.png")
+    assert Image.open(tmp_path / "chain.png").size == ((3 * 34 + 2) * 2, (2 * 34 + 2) * 2)
+
+
+@pytest.mark.parametrize("flags,message", [
+    ("--class 10", "--class 10: this model has classes 0 to 9: t-shirt, trouser"),
+    ("--class hat", "--class hat"),
+    ("--refs 5", "--refs 5: this model draws chains of 1 to 4 images"),
+    ("--ckpt nothing.pt", "nothing.pt"),
+    ("--ckpt {vae}", "is it a VAE?"),
+    ("--vae {model}", "is it a TransDiff model?"),
+    ("--out picture.jpg", "--out picture.jpg: must end in .png or .npz"),
+    ("--n 0", "at least 1"),
+    ("--pretrained B --ckpt x", "give one"),
+])  # fmt: skip
+def test_errors(flags, message, command):
+    _, err = command("sample.py " + flags.format(vae=sample.DEMO_VAE.resolve(), model=sample.DEMO_MODEL.resolve()), expect=2)
+    assert message in err
+
+
+# ------------------------------------------------------------------------------------------ --pretrained
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A server of the released layout; .cut makes it drop the connection after so many bytes, .ranges collects what was asked for."""
+    files = {f"{folder}/checkpoint-last.pth": write_released(kind, tmp_path / f"{kind}.pth").read_bytes() for folder, kind in (("transdiff_b", "one_step"), ("transdiff_b_mrar", "mrar"), ("vae", "vae"))}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            prefix = "/zhendch/Transdiff/resolve/main/"
+            body = files.get(self.path.removeprefix(prefix)) if self.path.startswith(prefix) else None
+            if body is None:
+                return self.send_error(404)
+            asked = self.headers.get("Range")
+            server.ranges.append(asked)
+            first = int(asked[6:-1]) if asked else 0
+            self.send_response(206 if asked else 200)
+            self.send_header("Content-Length", str(len(body) - first))
+            self.end_headers()
+            self.wfile.write(body[first : first + server.cut] if server.cut else body[first:])
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.ranges, server.cut = [], None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "TORCH_HOME": str(tmp_path / "home")}
+    yield server
+    server.shutdown()
+
+
+def test_pretrained_fetches_resumes_and_draws(tmp_path, command, hub):
+    hub.cut = 1_000_000
+    _, err = command("sample.py --pretrained B-mrar", expect=2, env=hub.env)
+    assert "run it again to go on" in err and "checkpoint-last.pth" in err
+    hub.cut = None
+    out, _ = command("sample.py --pretrained B-mrar --class 1 --n 1 --refs 2 --steps 1 --out x.npz", env=hub.env)
+    assert hub.ranges == [None, "bytes=1000000-", None]  # the model in two goes, then the VAE
+    assert "cfg 1.3, s1 0.87, s2 0.91" in out and np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 256, 256, 3)
+    command("sample.py --pretrained B-mrar --class 1 --n 1 --refs 1 --steps 1", env=hub.env)
+    assert len(hub.ranges) == 3  # from the cache
+
+
+def test_no_network_is_one_line(command, tmp_path):
+    _, err = command("sample.py --pretrained H", expect=2, env={"HF_ENDPOINT": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path)})
+    assert len(err.strip().splitlines()) == 1 and "could not fetch" in err and "put the file at" in err

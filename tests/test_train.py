@@ -1,0 +1,206 @@
+"""Stages 1 and 2: the order of the data, the recipe, resume, and the commands as a user runs them."""
+import csv
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_vae import small_vae
+
+from model import SIZES, TransDiff, load_checkpoint, load_file
+from train import RECIPES, Chains, learning_rate, make_optimizer
+
+
+def fake_cache(counts, seed=0):
+    """A cache whose latents tell their image (channel 0) and whether they are the mirror image (channel 1)."""
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+
+    class Cache:
+        classes, latent_shape = [f"class {i}" for i in range(len(counts))], (2, 1, 1)
+
+        def __len__(self):
+            return len(labels)
+
+        def latents(self, indices, flips, noise):
+            return torch.tensor(np.stack([indices, flips], 1)).float()[..., None, None]
+
+    cache = Cache()
+    cache.labels = labels
+    return cache
+
+
+def epochs(chains, n):
+    """Image indices [chains, refs] of each of n epochs, read from the batches."""
+    stream, seen = iter(chains), []
+    while len(seen) < n * chains.chains:
+        latents, labels = next(stream)
+        images = latents[:, :, 0, 0, 0].long().numpy()
+        assert (chains.cache.labels[images] == labels[:, None].numpy()).all(), "a chain is of one class, the label's"
+        seen += list(images)
+    return [np.stack(seen[i * chains.chains : (i + 1) * chains.chains]) for i in range(n)]
+
+
+@pytest.mark.parametrize("refs,counts", [(1, [5, 9, 7]), (4, [8, 12, 4]), (4, [9, 15, 6]), (16, [33, 16])])
+def test_an_epoch_is_every_image_once_as_a_member_of_one_chain(refs, counts):
+    cache = fake_cache(counts)
+    first, second = epochs(Chains(cache, refs, batch_size=5, seed=3), 2)
+    for epoch in (first, second):
+        images, n = np.unique(epoch, return_counts=True)
+        assert (n == 1).all()
+        assert np.bincount(cache.labels[images]).tolist() == [c // refs * refs for c in counts]  # a class's remainder sits out
+    partners = lambda e: {frozenset(row.tolist()) for row in e}  # noqa: E731
+    if refs > 1:
+        assert partners(first) != partners(second)  # chains are drawn afresh
+    assert first.tolist() != second.tolist()
+
+
+def test_remainders_take_turns():
+    """5 images, chains of 4: over some epochs every image gets in."""
+    assert len(np.unique(np.concatenate([e.ravel() for e in epochs(Chains(fake_cache([5]), 4, 1, seed=0), 30)]))) == 5
+
+
+def test_classes_too_small_for_a_chain_are_named():
+    with pytest.raises(ValueError, match=r"1 classes have fewer than 4 images.*: class 1"):
+        Chains(fake_cache([8, 3, 4]), 4, 2, seed=0)
+
+
+def test_ranks_share_one_order_and_any_step_can_be_had_again():
+    cache = fake_cache([13, 11])
+    whole = Chains(cache, 1, 6, seed=1)
+    parts = [Chains(cache, 1, 6, seed=1, rank=r, world=3) for r in range(3)]
+    for step in (0, 3, 4, 50):  # 24 images, 6 a batch: step 4 begins the second epoch
+        together = torch.cat([p.batch(step)[0][:, :, 0] for p in parts])
+        assert torch.equal(together, whole.batch(step)[0][:, :, 0])
+    late = iter(Chains(cache, 1, 6, seed=1, start=3))
+    assert torch.equal(next(late)[0], whole.batch(3)[0])
+    loader = torch.utils.data.DataLoader(whole, batch_size=None, num_workers=2)
+    for step, (latents, _) in zip(range(5), loader):
+        assert torch.equal(latents, whole.batch(step)[0])
+
+
+def test_both_mirror_images_are_drawn():
+    flips = torch.cat([Chains(fake_cache([40]), 1, 40, seed=0).batch(s)[0][:, 0, 1, 0, 0] for s in range(5)])
+    assert 60 < flips.sum() < 140
+
+
+def test_recipe_of_appendix_b():
+    r = RECIPES["1-step"]
+    assert (r["batch_size"], r["lr"], r["epochs"], r["warmup"] * r["epochs"], r["ema"], r["repeats"]) == (2048, 8e-4, 800, 100, 0.9999, 4)
+    r = RECIPES["MRAR"]
+    assert (r["lr"], r["epochs"], r["warmup"] * r["epochs"], r["repeats"]) == (5e-5, 40, 10, 2)
+    r = RECIPES["512 px"]
+    assert (r["lr"], r["epochs"], r["warmup"] * r["epochs"], r["repeats"], r["ema"]) == (1e-4, 150, 10, 4, 0.999)
+    args = SimpleNamespace(lr=1.0, steps=100, warmup=0.1, cooldown=0.0)
+    assert [learning_rate(s, args) for s in (0, 4, 9, 50, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    args.cooldown = 0.5
+    assert learning_rate(50, args) == 1.0 and learning_rate(75, args) == 0.5 and learning_rate(99, args) == pytest.approx(0.02)
+
+
+def test_weight_decay_is_for_the_ar_transformers_matrices_alone():
+    model = TransDiff(SIZES["XS"])
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, others = make_optimizer(model, SimpleNamespace(lr=1e-3, weight_decay=0.02)).param_groups
+    assert decayed["weight_decay"] == 0.02 and others["weight_decay"] == 0 and decayed["betas"] == (0.9, 0.95)
+    decayed, others = ({names[id(p)] for p in g["params"]} for g in (decayed, others))
+    assert "ar.blocks.0.mlp.fc1.weight" in decayed and "cond_positions" in decayed
+    assert {"decoder.blocks.0.mlp.fc1.weight", "ar.norm_in.weight", "ar.blocks.0.attn.qkv.bias"} <= others
+    assert len(decayed) + len(others) == len(names)
+
+
+# ------------------------------------------------------------------------------------------ the commands
+
+
+@pytest.fixture
+def project(tmp_path, garments):
+    """A folder with images and a VAE of their size, trained on nothing."""
+    np.savez(tmp_path / "s.npz", images=garments[0], labels=garments[1], classes=np.array([f"garment {i}" for i in range(10)]))
+    torch.save(dict(model=small_vae().state_dict(), scale=1.0, image_size=32), tmp_path / "v.pt")
+    return tmp_path
+
+
+SHORT = "--data s.npz --vae v.pt --batch-size 8 --log-every 1 --sample-every 1000"
+
+
+def weights(path):
+    return {k: v for k, v in load_file(path)["model"].items()}
+
+
+def test_train_finetune_sample(project, command):
+    out, err = command(f"train.py {SHORT} --steps 3")
+    run = project / "runs" / "train"
+    assert "encoding" in err and "runs/train/ema.pt" in out
+    assert {p.name for p in run.iterdir()} == {"last.pt", "ema.pt", "log.csv", "samples-0000003.png"}
+    rows = list(csv.DictReader(open(run / "log.csv")))
+    assert [r["step"] for r in rows] == ["1", "2", "3"] and all(float(r["loss"]) > 0 and float(r["images_per_second"]) > 0 for r in rows)
+    ema, last = load_file(run / "ema.pt"), load_file(run / "last.pt")
+    assert all(v.dtype == torch.float16 for v in ema["model"].values()) and ema["classes"][2] == "garment 2"
+    assert all(torch.equal(ema["model"][k], v.half()) for k, v in last["model_ema"].items())
+
+    _, err = command(f"train.py {SHORT} --steps 3", expect=2)
+    assert "--resume" in err
+    out, err = command(f"finetune_mrar.py {SHORT} --steps 2")
+    assert "mask embedding copied into 16 mask tokens" in out and "encoding" not in err
+    model = load_checkpoint(project / "runs" / "mrar" / "ema.pt")
+    assert model.config.refs == 4 and model.info["size"] == "XS-mrar"
+
+    for ckpt in ("train", "mrar"):
+        out, _ = command(f"sample.py --ckpt runs/{ckpt}/ema.pt --class 3 --n 2 --steps 2")
+        assert "2 images (garment 3; refs" in out
+    command(["sample.py", "--ckpt", "runs/mrar/last.pt", "--class", "garment 1", "0", "--n", "2", "--steps", "2", "--out", "new/x.npz"])
+    arrays = np.load(project / "new" / "x.npz")
+    assert arrays["arr_0"].shape == (4, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8 and arrays["arr_1"].tolist() == [1, 1, 0, 0]
+
+
+def test_killed_and_resumed_is_never_stopped(project, command):
+    """The same weights, averages and optimiser, bit for bit; the break is in the middle of an epoch (60 images, 8 a step)."""
+    command(f"train.py {SHORT} --steps 5 --save-every 2 --keep-every 3 --out whole")
+    assert (project / "whole" / "ema-0000003.pt").exists()
+    stop = "import os, sys, train; sys.argv = sys.argv[1:]; real = train.write_whole\n"
+    stop += "def save(path, write):\n    real(path, write)\n    if 'ema.pt' in str(path): os.kill(os.getpid(), 9)\n"
+    stop += "train.write_whole = save; train.main()"
+    command(["-c", stop], expect=-9, launcher=(sys.executable, "-c", stop, "train.py", *SHORT.split(), "--steps", "5", "--save-every", "2", "--out", "killed"), env={"PYTHONPATH": sys.path[0]})
+    assert load_file(project / "killed" / "last.pt")["step"] == 2
+    command(f"train.py {SHORT} --steps 5 --save-every 2 --out killed --resume")
+    whole, resumed = (load_file(project / d / "last.pt") for d in ("whole", "killed"))
+    assert whole["step"] == resumed["step"] == 5
+    for part in ("model", "model_ema"):
+        assert all(torch.equal(resumed[part][k], v) for k, v in whole[part].items()), part
+    for a, b in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
+        assert all(torch.equal(a[k], b[k]) for k in ("exp_avg", "exp_avg_sq", "step"))
+    _, err = command(f"finetune_mrar.py {SHORT} --out killed --resume", expect=2)
+    assert "killed/last.pt is of another run: refs 1 there, 4 here" in err
+
+
+def test_two_processes(project, command):
+    """torchrun with gloo: both ranks train, one writes; accumulation divides the batch further."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+    out, _ = command(f"train.py {SHORT} --steps 2 --accumulate 2 --device cpu", launcher=launcher, env={"OMP_NUM_THREADS": "1"})
+    assert "2 x cpu" in out and load_file(project / "runs" / "train" / "last.pt")["step"] == 2
+
+
+def test_accumulation_and_the_whole_batch_agree(project, command):
+    """Same order of data; the draws of noise differ, so only the data-independent state must agree: the step and the rate of learning."""
+    _, err = command(f"train.py {SHORT} --steps 2 --accumulate 3", expect=2)
+    assert "--batch-size 8: must be a multiple of 1 processes x --accumulate 3, e.g. 9" in err
+
+
+def test_only_decoder_and_init(project, command):
+    """The 512 px recipe in small: the AR Transformer stays as it was, the decoder learns, its positions grow with the latents."""
+    command(f"train.py {SHORT} --steps 1")
+    before = load_file(project / "runs" / "train" / "last.pt")["model_ema"]
+    out, _ = command(f"train.py {SHORT} --steps 2 --out large --init runs/train/last.pt --only-decoder --image-size 64 --lr 1e-3 --warmup 0")
+    assert "latents 8 -> 16: decoder positions interpolated" in out
+    after = weights(project / "large" / "last.pt")
+    assert after["decoder.positions"].shape[1] == 256
+    assert all(torch.equal(after[k], v) for k, v in before.items() if not k.startswith("decoder."))
+    assert not torch.equal(after["decoder.input_proj.weight"], before["decoder.input_proj.weight"])
+
+
+def test_missing_inputs_say_what_to_do(project, command):
+    _, err = command("train.py --size B", expect=2)
+    assert "latents: not a latent cache" in err and "python vae.py encode" in err
+    _, err = command("finetune_mrar.py", expect=2)
+    assert "run python train.py --size XS first" in err
+    _, err = command("train.py --data s.npz --vae nothing.pt", expect=2)
+    assert "nothing.pt" in err
