@@ -8,7 +8,7 @@ Read from top to bottom beside "Marrying Autoregressive Transformer and Diffusio
     DiT                         Eq. 7 (the diffusion decoder)
     euler_maruyama              Appendix C, Eq. 16-18
     TransDiff.encode / loss     Eq. 4, 5, 8, 10, 12
-    TransDiff.sample            Algorithms 1 and 2
+    TransDiff.decode, sample    Eq. 7, Algorithms 1 and 2
     load_checkpoint, warm_start our files and the released ones
 
 One idea unifies 1-step AR and MRAR: a chain of `refs` images of one class, whose condition is `cond_tokens` tokens long, shared
@@ -82,6 +82,13 @@ SAMPLING = {  # the published settings of each model, and ours for XS; -mrar is 
     "H-mrar": dict(steps=100, cfg=1.28, s1=0.87, s2=0.91),
     "L-512": dict(steps=100, cfg=1.30, s1=0.87, s2=0.87),
 }
+
+
+def sampling_settings(config, size=None):
+    """steps, cfg, s1, s2 for a model: SAMPLING of its name, or, of a file that does not tell one, of the released model of its shape (else XS)."""
+    name = {768: "B", 1024: "L", 1280: "H"}.get(config.width, "XS")
+    shape = "L-512" if name == "L" and config.latent_size == 32 else name if config.refs == 1 else f"{name}-mrar"
+    return SAMPLING[size or shape]
 
 
 def attention_masks(config):
@@ -291,7 +298,7 @@ class DiT(nn.Module):
 # ---------------------------------------------------------------------------------------------- sampler
 
 
-def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=torch.randn_like):
+def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
     """Integrate the reverse SDE (Eq. 16) from noise at t = 1 to an image at t = 0 with the scaling factors of Eq. 18.
 
     With diffusion w(t) = 2 t, score s = -(x + (1 - t) v) / t and drift d = v - w s / 2:
@@ -301,6 +308,7 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=torch.r
     velocity(x, t) -> like x, t a 0-d tensor in [0, 1]; called `steps` times. noise_sampler(x) -> like x, called `steps` - 1 times.
     x [...] standard normal. steps = 1 goes from 1 to 0 at once.
     """
+    noise_sampler = noise_sampler or torch.randn_like
     times = torch.linspace(1.0, 0.04, steps, dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:] + [0.0]):
         dt, w = t_next - t, 2 * t
@@ -387,36 +395,45 @@ class TransDiff(nn.Module):
     forward = loss  # DistributedDataParallel wraps forward
 
     @torch.no_grad()
-    def sample(self, labels, refs=None, steps=100, cfg=1.0, s1=1.0, s2=1.0, noise=None, noise_sampler=torch.randn_like, fresh_noise=False):
+    def decode(self, c, noise, c_null=None, steps=100, cfg=1.0, s1=1.0, s2=1.0, noise_sampler=None):
+        """Diff(c, eps) of Eq. 7: an image for each c [B, K, width] and noise [B, C, H, W] -> latents [B, C, H, W].
+
+        cfg is the guidance scale; 1 = none, and then one evaluation a step instead of two. Else c_null [B, K, width] is the condition of the
+        null class. K may be any part of the chain's cond_tokens: the decoder takes what it is given.
+        """
+        keys_values = self.decoder.keys_values(c if cfg == 1 else torch.cat([c, c_null]))
+
+        def velocity(x, t):
+            if cfg == 1:
+                return self.decoder(x, t[None], keys_values).float()
+            # the drift x + (2 - t) v is affine in v, so mixing velocities is mixing drifts: d_null + cfg (d - d_null)
+            v, v_null = self.decoder(torch.cat([x, x]), t[None], keys_values).float().chunk(2)
+            return v_null + cfg * (v - v_null)
+
+        return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
+
+    @torch.no_grad()
+    def sample(self, labels, refs=None, steps=100, cfg=1.0, s1=1.0, s2=1.0, noise=None, noise_sampler=None, fresh_noise=False):
         """Algorithms 1 and 2: draw the chain image by image -> latents [B, refs, C, H, W]; the last image is the result.
 
         labels [B]; refs <= config.refs stops the chain early. What is fed back as x_k is the image's latent (Eq. 11), not c_k
-        (Algorithm 2), as in the release. cfg is the guidance scale (1 = none, and then one evaluation a step instead of two): the
-        unconditional branch has the null class but the same references. noise [B, C, H, W] starts every image of the chain, unless fresh_noise
-        draws one for each by noise_sampler. Raises ValueError if refs does not fit the model.
+        (Algorithm 2), as in the release. Under guidance (cfg, see decode) the unconditional branch has the null class but the same
+        references. noise [B, C, H, W] starts every image of the chain, unless fresh_noise draws one for each by noise_sampler.
+        Raises ValueError if refs does not fit the model.
         """
-        refs = refs or self.config.refs
+        refs = self.config.refs if refs is None else refs
         if not 1 <= refs <= self.config.refs:
             raise ValueError(f"refs {refs}: this model draws chains of 1 to {self.config.refs} images")
         B, size = len(labels), self.config.latent_size
+        noise_sampler = noise_sampler or torch.randn_like
         if noise is None:
             noise = noise_sampler(torch.empty(B, self.config.latent_channels, size, size, device=labels.device))
-        if cfg != 1:
-            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
-        chain = noise.new_empty(B, 0, *noise.shape[1:])
+        chain = noise[:, None][:, :0]
         for k in range(refs):
-            references = chain if cfg == 1 else torch.cat([chain, chain])
-            keys_values = self.decoder.keys_values(self.encode(labels, references))
-
-            def velocity(x, t):
-                # the drift x + (2 - t) v is affine in v, so mixing velocities is mixing drifts: d_null + cfg (d - d_null)
-                if cfg == 1:
-                    return self.decoder(x, t[None], keys_values).float()
-                v, v_null = self.decoder(torch.cat([x, x]), t[None], keys_values).float().chunk(2)
-                return v_null + cfg * (v - v_null)
-
+            c = self.encode(labels, chain)
+            c_null = self.encode(torch.full_like(labels, self.config.num_classes), chain) if cfg != 1 else None
             start = noise_sampler(noise) if fresh_noise and k else noise
-            x = euler_maruyama(velocity, start, steps, s1, s2, noise_sampler)
+            x = self.decode(c, start, c_null, steps, cfg, s1, s2, noise_sampler)
             chain = torch.cat([chain, x[:, None]], dim=1)
         return chain
 

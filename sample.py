@@ -2,19 +2,26 @@
 
     python sample.py --class 1 --refs 4              the bundled model: trousers, the last image of chains of 4
     python sample.py --class trouser bag --show-chain    every image of the chain, a chain a row (Figure 2's idea)
-    python sample.py --pretrained B-mrar --class 207 360 the authors' weights, fetched on first use, at their published settings
+    python sample.py --pretrained B-mrar --class 207 360     the authors' weights, fetched on first use, at their published settings
+    python sample.py --fuse trouser bag                      semantic features of two classes in one image (Figures 1 and 5)
+    python sample.py --features 32,64,128,256                the same noise decoded from the first so many features (Figure 1)
+    torchrun --nproc_per_node 8 sample.py --num 50000 --ckpt CKPT --out samples.npz    balanced classes, for FID
 """
 import argparse
+import json
 import os
+import shutil
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from model import SAMPLING, load_checkpoint
+from model import load_checkpoint, sampling_settings
 from vae import DEMO, DEMO_VAE, autocast, load_vae, pick_device, pick_dtype, run, save_grid, seed_of, to_uint8, write_whole
 
 DEMO_MODEL = DEMO / "mrar.pt"
@@ -69,48 +76,119 @@ def class_indices(words, names, num_classes):
     return indices
 
 
-def released_name(config):
-    """Which of the released models a file of that shape is, for its published settings; XS for anything else."""
-    size = {768: "B", 1024: "L", 1280: "H"}.get(config.width, "XS")
-    return "L-512" if size == "L" and config.latent_size == 32 else size if config.refs == 1 else f"{size}-mrar"
-
-
 def per_image_noise(seed, indices, device):
     """noise_sampler(x) whose row i is a function of (seed, indices[i]) alone, whatever else is in the batch."""
     generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in indices]
     return lambda x: torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(device)
 
 
-def draw(model, vae, labels, refs, args, device, dtype):
-    """uint8 images [N, refs, H, W, 3] of labels [N]: every image of each chain."""
-    images, evaluations = [], args.steps - 1
-    with torch.inference_mode(), tqdm(total=len(labels), unit="image") as bar:
-        for first in range(0, len(labels), args.batch_size):
-            batch = torch.tensor(labels[first : first + args.batch_size], device=device)
-            randn = per_image_noise(args.seed, range(first, first + len(batch)), device)
+def draw(model, vae, labels, refs, args, device, dtype, batches=None):
+    """Yield (first index, uint8 images [b, refs, H, W, 3]: every image of each chain) for batches of `labels` [N], all or those given.
 
-            def noise_sampler(x):  # called once a step, so the bar moves within a batch
-                bar.update(len(batch) / (refs * evaluations + 1))
+    Batches are cut by index, so what is in one depends on neither the number of processes nor what was drawn before.
+    """
+    size, settings = args.batch_size, dict(steps=args.steps, cfg=args.cfg, s1=args.s1, s2=args.s2, fresh_noise=args.fresh_noise)
+    batches = range(-(-len(labels) // size)) if batches is None else batches
+    total = sum(len(labels[b * size : (b + 1) * size]) for b in batches)
+    with tqdm(total=total, unit="image", unit_scale=True, disable=int(os.environ.get("RANK", 0)) > 0) as bar:
+        for done, b in enumerate(batches):
+            batch = torch.tensor(labels[b * size : (b + 1) * size], device=device)
+            randn = per_image_noise(args.seed, range(b * size, b * size + len(batch)), device)
+
+            def noise_sampler(x):  # called about once a step, so the bar moves within a batch
+                bar.update(len(batch) / (refs * args.steps + refs))
                 return randn(x)
 
-            with autocast(device, dtype):
-                chain = model.sample(batch, refs, args.steps, args.cfg, args.s1, args.s2, noise_sampler=noise_sampler, fresh_noise=args.fresh_noise)
-                x = torch.cat([vae.decode(z / vae.scale).float() for z in chain.flatten(0, 1).split(16)])
-            if not torch.isfinite(x).all():
-                raise ValueError(f"the sampler gave values that are not finite; try --dtype fp32, or another --cfg ({args.cfg})")
-            images.append(to_uint8(x).reshape(len(batch), refs, *x.shape[2:], 3))
-            bar.n = first + len(batch)
+            with torch.inference_mode(), autocast(device, dtype):
+                chain = model.sample(batch, refs, noise_sampler=noise_sampler, **settings)
+                images = pixels(vae, chain.flatten(0, 1))
+            bar.n = sum(len(labels[i * size : (i + 1) * size]) for i in batches[: done + 1])
             bar.refresh()
-    return np.concatenate(images)
+            yield b * size, images.reshape(len(batch), refs, *images.shape[1:])
+
+
+def pixels(vae, latents):
+    """Latents [N, C, h, w] -> uint8 images [N, H, W, 3]. Raises ValueError if they are not finite, rather than draw black."""
+    x = torch.cat([vae.decode(z / vae.scale).float() for z in latents.split(16)])
+    if not torch.isfinite(x).all():
+        raise ValueError("the sampler gave values that are not finite; try --dtype fp32, or a smaller --cfg")
+    return to_uint8(x)
+
+
+def write_npz(model, vae, labels, refs, args, device, dtype, identity):
+    """Draw the last image of each chain into args.out in ADM's convention: arr_0 uint8 [N, H, W, 3], arr_1 int64 [N].
+
+    Ranks draw every WORLD_SIZE-th batch into one memory-mapped array in OUT.partial, where a byte a batch tells what is done: a run
+    that was killed goes on from there. `identity` tells the run; another run's partial folder is a ValueError.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    partial, side = Path(f"{args.out}.partial"), model.config.latent_size * vae.factor
+    if rank == 0 and not (partial / "run.json").exists():
+        partial.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(partial / "arr_0.npy", "w+", np.uint8, (len(labels), side, side, 3)).flush()
+        np.save(partial / "arr_1.npy", np.array(labels, np.int64))
+        np.save(partial / "done.npy", np.zeros(-(-len(labels) // args.batch_size), np.uint8))
+        write_whole(partial / "run.json", lambda f: f.write(json.dumps(identity).encode()))
+    if world > 1:
+        dist.barrier()
+    if json.loads((partial / "run.json").read_text()) != identity:
+        raise ValueError(f"{partial}: unfinished samples of another model or other settings; finish them, remove the folder, or give another --out")
+    images, done = (np.load(partial / name, mmap_mode="r+") for name in ("arr_0.npy", "done.npy"))
+    mine = [b for b in range(rank, len(done), world) if not done[b]]
+    for first, drawn in draw(model, vae, labels, refs, args, device, dtype, mine):
+        images[first : first + len(drawn)] = drawn[:, -1]
+        images.flush()
+        done[first // args.batch_size] = 1
+        done.flush()
+    if world > 1:
+        dist.barrier()
+    if rank:
+        return
+
+    def assemble(f):  # what np.savez writes, but streamed, and with no clock in it: the same run gives the same bytes
+        with zipfile.ZipFile(f, "w") as archive:
+            for name in ("arr_0.npy", "arr_1.npy"):
+                with open(partial / name, "rb") as source, archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as entry:
+                    shutil.copyfileobj(source, entry, 1 << 20)
+
+    write_whole(args.out, assemble)
+    shutil.rmtree(partial)
+
+
+def decode_parts(model, vae, labels, refs, parts, args, device, dtype):
+    """Figures 1 and 5: decode parts of the semantic features with the same noise -> uint8 images [len(parts), N, H, W, 3].
+
+    labels: lists of N classes, e.g. [A ...] and [B ...]; c of each is that of the last image of a chain drawn for it. A part is a function of
+    the list of those c [N, K, width] that returns the c to decode.
+    """
+    N, settings = len(labels[0]), dict(steps=args.steps, cfg=args.cfg, s1=args.s1, s2=args.s2)
+    conditions, nulls = [], []
+    with torch.inference_mode(), autocast(device, dtype):
+        for y in labels:
+            y = torch.tensor(y, device=device)
+            randn = per_image_noise(args.seed, range(N), device)
+            chain = model.sample(y, refs - 1, noise_sampler=randn, **settings) if refs > 1 else None
+            conditions.append(model.encode(y, chain))
+            nulls.append(model.encode(torch.full_like(y, model.config.num_classes), chain))
+        images = []
+        for part in tqdm(parts, unit="part"):
+            randn = per_image_noise(args.seed, range(N), device)
+            noise = randn(torch.empty(N, model.config.latent_channels, model.config.latent_size, model.config.latent_size))
+            images.append(pixels(vae, model.decode(part(conditions), noise, part(nulls), noise_sampler=randn, **settings)))
+    return np.stack(images)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--class", nargs="+", dest="classes", metavar="CLASS", help="indices or names (default: the model's first ten)")
+    add("--class", nargs="+", dest="classes", metavar="CLASS", help="indices or names (default: the model's first ten; with --num, all)")
     add("--n", type=int, default=8, help="images of each class (default: 8)")
+    add("--num", type=int, help="images in all, as many of each class, the classes in turn; --out must end in .npz")
     add("--refs", type=int, help="images in the chain, up to the model's; the last is the result (default: the model's)")
     add("--show-chain", action="store_true", help="draw every image of each chain, a chain a row")
+    add("--fuse", nargs=2, metavar=("A", "B"), help="draw A, B, and half of A's features with half of B's, side by side")
+    add("--fuse-half", choices=["first", "second"], default="first", help="the half that A gives, 128 of 256 features in the paper's sizes (default: first)")
+    add("--features", type=lambda s: [int(k) for k in s.split(",")], metavar="K,K,...", help="draw each image from its first K features only, side by side; K of the paper's 256, elsewhere the same share")
     add("--steps", type=int, help="network evaluations an image (default: 25 for XS, 100 for the paper's sizes)")
     add("--cfg", type=float, help="guidance scale, 1 = none (default: the published one of the model's size)")
     add("--s1", type=float, help="scale of the drift, Eq. 18 (default: likewise)")
@@ -125,14 +203,24 @@ def main():
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of the arithmetic (default: bf16 where the hardware has it)")
     args = parser.parse_args()
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if args.pretrained and args.ckpt:
         raise ValueError("--ckpt and --pretrained both name a model; give one")
-    if Path(args.out).suffix not in (".png", ".npz") or args.show_chain and args.out.endswith(".npz"):
-        raise ValueError(f"--out {args.out}: must end in .png{'' if args.show_chain else ' or .npz'}")
-    device = pick_device(args.device)
+    kinds = [name for name in ("num", "show_chain", "fuse", "features") if getattr(args, name)]
+    if len(kinds) > 1:
+        raise ValueError(f"--{kinds[0].replace('_', '-')} and --{kinds[1].replace('_', '-')} ask for different pictures; give one")
+    suffixes = [".npz"] if args.num else [".png"] if kinds else [".npz"] if world > 1 else [".png", ".npz"]
+    if Path(args.out).suffix not in suffixes:
+        raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
+    if args.n < 1 or args.batch_size < 1 or args.steps is not None and args.steps < 1:
+        raise ValueError("--n, --steps and --batch-size must be at least 1")
+    device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
+    if world > 1:
+        dist.init_process_group("gloo")  # for its barrier: no tensor is exchanged
     dtype = pick_dtype(args.dtype, device)
 
-    model = load_checkpoint(fetch(RELEASED[args.pretrained]) if args.pretrained else args.ckpt or DEMO_MODEL, device)
+    ckpt = fetch(RELEASED[args.pretrained]) if args.pretrained else Path(args.ckpt or DEMO_MODEL)
+    model = load_checkpoint(ckpt, device)
     vae_path = Path(args.vae or (fetch("vae") if args.pretrained else model.info.get("vae", "")))
     if vae_path.name == DEMO_VAE.name and not args.vae and not vae_path.is_file():
         vae_path = DEMO_VAE  # named relative to the folder that the model was trained in
@@ -141,26 +229,47 @@ def main():
     vae = load_vae(vae_path, device)
     if vae.z_channels != model.config.latent_channels:
         raise ValueError(f"--vae {vae_path}: has {vae.z_channels} latent channels, the model {model.config.latent_channels}")
-    refs = args.refs or model.config.refs
+    refs = model.config.refs if args.refs is None else args.refs
     if not 1 <= refs <= model.config.refs:
         raise ValueError(f"--refs {refs}: this model draws chains of 1 to {model.config.refs} images")
-    for name, value in SAMPLING[args.pretrained or model.info.get("size") or released_name(model.config)].items():
+    for name, value in sampling_settings(model.config, args.pretrained or model.info.get("size")).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.n < 1 or args.steps < 1 or args.batch_size < 1:
-        raise ValueError("--n, --steps and --batch-size must be at least 1")
 
-    names = model.info.get("classes", [])
-    classes = class_indices(args.classes, names, model.config.num_classes) if args.classes else list(range(min(10, model.config.num_classes)))
-    labels = [k for k in classes for _ in range(args.n)]
-    images = draw(model, vae, labels, refs, args, device, dtype)
-    if args.out.endswith(".npz"):
-        write_whole(args.out, lambda f: np.savez(f, arr_0=images[:, -1], arr_1=np.array(labels)))
-    elif args.show_chain:
-        save_grid(images.reshape(-1, *images.shape[2:]), args.out, columns=refs)
+    names, num_classes = model.info.get("classes", []), model.config.num_classes
+    first_ten = range(num_classes if args.num else min(10, num_classes))
+    classes = class_indices(args.fuse or args.classes, names, num_classes) if args.fuse or args.classes else list(first_ten)
+    if args.num and args.num % len(classes):
+        raise ValueError(f"--num {args.num}: must be a multiple of the {len(classes)} classes, e.g. {-(-args.num // len(classes)) * len(classes)}")
+    labels = classes * (args.num // len(classes)) if args.num else [k for k in classes for _ in range(args.n)]
+
+    tokens = model.config.tokens_per_image * refs  # what an image of this place in the chain is decoded from
+    if args.fuse:
+        half, (a, b) = tokens // 2, (0, 1) if args.fuse_half == "first" else (1, 0)
+        parts = [lambda c: c[0], lambda c: c[1], lambda c: torch.cat([c[a][:, :half], c[b][:, half:]], dim=1)]
+        images = decode_parts(model, vae, [[k] * args.n for k in classes], refs, parts, args, device, dtype)
+    elif args.features:
+        counts = [k * tokens // 256 for k in args.features]
+        if not all(1 <= k <= tokens for k in counts):
+            raise ValueError(f"--features {','.join(map(str, args.features))}: of 256, and this image has {tokens}, so each from {-(-256 // tokens)} to 256")
+        parts = [lambda c, k=k: c[0][:, :k] for k in counts]
+        images = decode_parts(model, vae, [labels], refs, parts, args, device, dtype)
+        print(f"columns: the first {', '.join(map(str, counts))} of {tokens} features")
+    if args.fuse or args.features:
+        save_grid(images.swapaxes(0, 1).reshape(-1, *images.shape[2:]), args.out, columns=len(images))
+    elif args.out.endswith(".npz"):
+        settings = {k: getattr(args, k) for k in ("steps", "cfg", "s1", "s2", "fresh_noise", "seed", "batch_size")}
+        identity = dict(settings, refs=refs, labels=len(labels), classes=classes, model=[ckpt.name, ckpt.stat().st_size, ckpt.stat().st_mtime_ns], dtype=str(dtype))
+        write_npz(model, vae, labels, refs, args, device, dtype, identity)
     else:
-        save_grid(images[:, -1], args.out, columns=args.n)
-    print(f"wrote {len(labels)} images ({', '.join(names[k] if names else str(k) for k in classes)}; refs {refs}, {args.steps} steps, cfg {args.cfg}, s1 {args.s1}, s2 {args.s2}) to {args.out}")
+        chains = np.concatenate([images for _, images in draw(model, vae, labels, refs, args, device, dtype)])
+        if args.show_chain:
+            save_grid(chains.reshape(-1, *chains.shape[2:]), args.out, columns=refs)
+        else:
+            save_grid(chains[:, -1], args.out, columns=args.n)
+    shown = ", ".join(names[k] if names else str(k) for k in classes[:10]) + (" ..." if len(classes) > 10 else "")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"wrote {len(labels)} images ({shown}; refs {refs}, {args.steps} steps, cfg {args.cfg}, s1 {args.s1}, s2 {args.s2}) to {args.out}")
 
 
 if __name__ == "__main__":

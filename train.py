@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import SAMPLING, SIZES, TransDiff, load_file, load_state, warm_start
+from model import SIZES, TransDiff, load_file, load_state, sampling_settings, warm_start
 from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, encode_source, load_vae, open_source, pick_device, pick_dtype, run, save_grid, seed_of, to_uint8, write_whole
 
 PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
@@ -30,8 +30,8 @@ RECIPES = {  # defaults of the flags of the same names; warmup 1/8 of 800 epochs
     "1-step": dict(PAPER, epochs=800, lr=8e-4, warmup=1 / 8, repeats=4),
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, repeats=2),
     "512 px": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, repeats=4, ema=0.999),
-    "XS 1-step": dict(DEMO, steps=1400, lr=2e-3, batch_size=64),
-    "XS MRAR": dict(DEMO, steps=400, lr=5e-4, batch_size=16),
+    "XS 1-step": dict(DEMO, steps=1600, lr=2e-3, batch_size=64),
+    "XS MRAR": dict(DEMO, steps=500, lr=5e-4, batch_size=16),
 }
 
 
@@ -135,7 +135,7 @@ def draw_samples(model, cache, args, device, dtype, path):
     randn = lambda x: torch.randn(x.shape, generator=generator, device=device)  # noqa: E731
     labels = torch.arange(n, device=device).repeat_interleave(4)
     with torch.inference_mode(), autocast(device, dtype):
-        latents = model.sample(labels, noise_sampler=randn, **SAMPLING[args.name])[:, -1]
+        latents = model.sample(labels, noise_sampler=randn, **sampling_settings(model.config, args.name))[:, -1]
         images = torch.cat([vae.decode(z / vae.scale).float() for z in latents.split(8)])
     save_grid(to_uint8(images), path, columns=4)
 
@@ -197,9 +197,8 @@ def train(args, refs=1):
     if args.epochs and "steps" not in given:
         args.steps = math.ceil(args.epochs * per_epoch)
     loader = iter(torch.utils.data.DataLoader(chains, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
-    forward = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
-    if args.compile if args.compile is not None else device.type == "cuda":
-        forward = torch.compile(forward)
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
+    forward = torch.compile(wrapped) if (device.type == "cuda" if args.compile is None else args.compile) else wrapped
     count = sum(p.numel() for p in model.parameters())
     log(f"TransDiff-{args.name}: {count:,} parameters on {world} x {device.type} in {str(dtype)[6:]}; {len(cache):,} images of {len(cache.classes)} classes, chains of {refs}; {args.steps} steps of {args.batch_size} chains = {args.steps / per_epoch:.1f} epochs")
 
@@ -224,7 +223,7 @@ def train(args, refs=1):
             group["lr"] = learning_rate(step, args)
         for i, (z, y) in enumerate(zip(latents.chunk(args.accumulate), labels.chunk(args.accumulate))):
             if world > 1:
-                forward.require_backward_grad_sync = i == args.accumulate - 1
+                wrapped.require_backward_grad_sync = i == args.accumulate - 1
             with autocast(device, dtype):
                 loss = forward(z, y, repeats=args.repeats, t_distribution=args.t)
             (loss / args.accumulate).backward()
@@ -240,8 +239,8 @@ def train(args, refs=1):
         if step % args.log_every == 0 or step == args.steps:
             mean = window_loss / window
             if world > 1:
-                dist.all_reduce(mean, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-                mean /= 1 if device.type == "cuda" else world
+                dist.all_reduce(mean)
+                mean /= world
             if not math.isfinite(mean):
                 raise ValueError(f"the loss is {mean.item()} at step {step}: not saved; --resume goes back to the last checkpoint, a smaller --lr may help")
             rate = window * args.batch_size * refs / (time.time() - started)

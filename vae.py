@@ -286,7 +286,6 @@ class ImageFolder(torch.utils.data.Dataset):
         path = os.path.join(self.root, os.fsdecode(self.paths[i]))
         try:
             with Image.open(path) as image:
-                # a JPEG decoder can skip detail that the crop would average away; twice the size keeps ADM's halving exact enough
                 return center_crop(to_rgb(image), self.size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             raise ValueError(f"{path}: cannot be read as an image ({e})") from None

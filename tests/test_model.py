@@ -290,7 +290,7 @@ def test_condition_is_computed_once_an_image_not_once_a_step(monkeypatch):
     monkeypatch.setattr(ARTransformer, "forward", lambda *a: count.__setitem__("ar", count["ar"] + 1) or ar(*a))
     monkeypatch.setattr(CrossAttention, "keys_values", lambda *a: count.__setitem__("kv", count["kv"] + 1) or kv(*a))
     model.sample(torch.tensor([0]), steps=7, cfg=1.5)
-    assert count == {"ar": 4, "kv": 4 * SMALL.dit_depth}
+    assert count == {"ar": 8, "kv": 4 * SMALL.dit_depth}  # both branches of guidance pass the AR Transformer; their keys come in one batch
     count.update(ar=0, kv=0)
     model.loss(*chain(SMALL), repeats=5)
     assert count == {"ar": 1, "kv": SMALL.dit_depth}

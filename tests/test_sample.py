@@ -1,5 +1,6 @@
 """sample.py on the bundled weights, and the download of the released ones from a server of our own."""
 import http.server
+import sys
 import threading
 
 import numpy as np
@@ -38,14 +39,66 @@ def test_show_chain(tmp_path, command):
     assert Image.open(tmp_path / "chain.png").size == ((3 * 34 + 2) * 2, (2 * 34 + 2) * 2)
 
 
+KILL_AT_THE_FOURTH_BATCH = """
+import os, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import sample
+pixels, count = sample.pixels, iter(range(9))
+sample.pixels = lambda *a: os.kill(os.getpid(), 9) if next(count) == 3 else pixels(*a)
+sample.main()
+"""
+
+
+def test_balanced_samples_are_the_same_bytes_from_one_process_and_from_two_and_after_a_kill(tmp_path, command):
+    flags = "sample.py --num 60 --batch-size 8 --steps 2 --refs 2 --out"
+    command(f"{flags} one.npz")
+    arrays = np.load(tmp_path / "one.npz")
+    assert arrays["arr_0"].shape == (60, 32, 32, 3) and arrays["arr_1"].tolist() == list(range(10)) * 6
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518")
+    command(f"{flags} two.npz", launcher=launcher, env={"OMP_NUM_THREADS": "1"})
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+
+    (tmp_path / "stop.py").write_text(KILL_AT_THE_FOURTH_BATCH)
+    command(f"{flags} three.npz", expect=-9, launcher=(sys.executable, "stop.py"))
+    assert not (tmp_path / "three.npz").exists() and np.load(tmp_path / "three.npz.partial" / "done.npy").tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    _, err = command(f"{flags} three.npz --seed 1", expect=2)
+    assert "three.npz.partial: unfinished samples of another model or other settings" in err
+    command(f"{flags} three.npz")
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "three.npz").read_bytes() and not (tmp_path / "three.npz.partial").exists()
+
+
+def test_fusion_and_feature_count(tmp_path, command):
+    """Columns of --fuse: A, B, A's first half with B's second. All of the features is the image itself."""
+    def columns(name, n):
+        picture = np.asarray(Image.open(tmp_path / name).convert("L")).astype(int)[4 : 4 + 64 : 2, ::2]
+        return [picture[:, 2 + 34 * i : 34 + 34 * i] for i in range(n)]
+
+    flags = "--n 1 --steps 4 --dtype fp32"
+    command(f"sample.py --fuse trouser bag {flags} --out ab.png")
+    command(f"sample.py --fuse bag trouser {flags} --fuse-half second --out ba.png")
+    a, b, ab = columns("ab.png", 3)
+    b2, a2, ba = columns("ba.png", 3)
+    assert np.array_equal(a, a2) and np.array_equal(b, b2) and np.array_equal(ab, ba)
+    assert min(np.abs(ab - a).mean(), np.abs(ab - b).mean()) > 1  # it is neither
+    out, _ = command(f"sample.py --features 64,256 --class trouser {flags} --out f.png")
+    assert "the first 16, 64 of 64 features" in out
+    few, every = columns("f.png", 2)
+    assert np.array_equal(every, a) and np.abs(few - every).mean() > 1
+
+
 @pytest.mark.parametrize("flags,message", [
+    ("--num 15 --out x.npz", "--num 15: must be a multiple of the 10 classes, e.g. 20"),
+    ("--num 20", "must end in .npz"),
+    ("--fuse 1 2 --show-chain", "different pictures"),
+    ("--features 2,256", "each from 4 to 256"),
     ("--class 10", "--class 10: this model has classes 0 to 9: t-shirt, trouser"),
     ("--class hat", "--class hat"),
     ("--refs 5", "--refs 5: this model draws chains of 1 to 4 images"),
     ("--ckpt nothing.pt", "nothing.pt"),
     ("--ckpt {vae}", "is it a VAE?"),
     ("--vae {model}", "is it a TransDiff model?"),
-    ("--out picture.jpg", "--out picture.jpg: must end in .png or .npz"),
+    ("--out picture.jpg", "--out picture.jpg: must end in .png or .npz here"),
     ("--n 0", "at least 1"),
     ("--pretrained B --ckpt x", "give one"),
 ])  # fmt: skip

@@ -122,6 +122,21 @@ def project(tmp_path, garments):
 SHORT = "--data s.npz --vae v.pt --batch-size 8 --log-every 1 --sample-every 1000"
 
 
+KILL_AFTER_THE_FIRST_CHECKPOINT = """
+import os, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import train
+write = train.write_whole
+def save(path, *rest):
+    write(path, *rest)
+    if "ema.pt" in str(path):
+        os.kill(os.getpid(), 9)
+train.write_whole = save
+train.main()
+"""
+
+
 def weights(path):
     return {k: v for k, v in load_file(path)["model"].items()}
 
@@ -156,10 +171,8 @@ def test_killed_and_resumed_is_never_stopped(project, command):
     """The same weights, averages and optimiser, bit for bit; the break is in the middle of an epoch (60 images, 8 a step)."""
     command(f"train.py {SHORT} --steps 5 --save-every 2 --keep-every 3 --out whole")
     assert (project / "whole" / "ema-0000003.pt").exists()
-    stop = "import os, sys, train; sys.argv = sys.argv[1:]; real = train.write_whole\n"
-    stop += "def save(path, write):\n    real(path, write)\n    if 'ema.pt' in str(path): os.kill(os.getpid(), 9)\n"
-    stop += "train.write_whole = save; train.main()"
-    command(["-c", stop], expect=-9, launcher=(sys.executable, "-c", stop, "train.py", *SHORT.split(), "--steps", "5", "--save-every", "2", "--out", "killed"), env={"PYTHONPATH": sys.path[0]})
+    (project / "stop.py").write_text(KILL_AFTER_THE_FIRST_CHECKPOINT)
+    command(f"train.py {SHORT} --steps 5 --save-every 2 --out killed", expect=-9, launcher=(sys.executable, "stop.py"))
     assert load_file(project / "killed" / "last.pt")["step"] == 2
     command(f"train.py {SHORT} --steps 5 --save-every 2 --out killed --resume")
     whole, resumed = (load_file(project / d / "last.pt") for d in ("whole", "killed"))
