@@ -8,18 +8,18 @@ block-causal (Figure 3 e), and the run starts from stage 1: its mask embedding i
 """
 from pathlib import Path
 
-from train import default_data, make_parser, train
+from train import make_parser, train
 from vae import run
 
 
 def main():
     parser = make_parser(__doc__, "runs/mrar", ("XS MRAR", "MRAR"))
+    parser.add_argument("--init", default="runs/train/last.pt", help="1-step checkpoint whose averaged weights to start from (default: %(default)s)")
     parser.add_argument("--refs", type=int, choices=(4, 16, 64), default=4, help="images in a chain (default: 4, the paper's best)")
-    parser.set_defaults(init="runs/train/last.pt", only_decoder=False)
+    parser.set_defaults(only_decoder=False)
     args = parser.parse_args()
     if not args.resume and not Path(args.init).exists():
-        raise ValueError(f"--init {args.init}: no such file; run python train.py --size {args.size} first, or name a 1-step checkpoint")
-    args.data = args.data or default_data(args.size)
+        raise ValueError(f"--init {args.init}: no such file; run python train.py --size {args.size or 'XS'} first, or name a 1-step checkpoint")
     train(args, args.refs)
 
 

@@ -8,10 +8,11 @@
     torchrun --nproc_per_node 8 sample.py --num 50000 --ckpt CKPT --out samples.npz    balanced classes, for FID
 """
 import argparse
+import datetime
+import http.client
 import json
 import os
 import shutil
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO, DEMO_VAE, autocast, load_vae, pick_device, pick_dtype, run, save_grid, seed_of, to_uint8, write_whole
+from vae import DEMO, DEMO_VAE, autocast, digest, load_vae, pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, write_whole
 
 DEMO_MODEL = DEMO / "mrar.pt"
 RELEASED = {  # --pretrained: folder of the authors' repository
@@ -50,14 +51,18 @@ def fetch(folder):
             if response.status != 206:  # the server does not resume: from the start
                 have = 0
             total = have + int(response.headers.get("Content-Length", 0))
-            with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=f"{folder}") as bar:
+            with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=folder) as bar:
                 while block := response.read(1 << 20):
                     f.write(block)
                     bar.update(len(block))
         if part.stat().st_size != total:
             raise OSError("the connection closed early")
-    except (urllib.error.URLError, OSError) as e:
-        raise OSError(f"--pretrained: could not fetch {url} ({getattr(e, 'reason', e)}); run it again to go on, or put the file at {path}") from None
+    except (OSError, http.client.HTTPException) as e:
+        # 416: there is nothing after what we have. If that is the whole file, it only missed its rename
+        if getattr(e, "code", 0) != 416 or e.headers.get("Content-Range") != f"bytes */{have}":
+            if getattr(e, "code", 0) == 416:
+                part.unlink()
+            raise OSError(f"--pretrained: could not fetch {url} ({getattr(e, 'reason', e)}); run it again to go on, or put the file at {path}") from None
     part.rename(path)
     return path
 
@@ -71,7 +76,7 @@ def class_indices(words, names, num_classes):
         elif word.isdecimal() and int(word) < num_classes:
             indices.append(int(word))
         else:
-            known = f": {', '.join(names)}" if len(names) <= 20 else ""
+            known = f": {', '.join(names)}" if 0 < len(names) <= 20 else ""
             raise ValueError(f"--class {word}: this model has classes 0 to {num_classes - 1}{known}")
     return indices
 
@@ -83,7 +88,7 @@ def per_image_noise(seed, indices, device):
 
 
 def draw(model, vae, labels, refs, args, device, dtype, batches=None):
-    """Yield (first index, uint8 images [b, refs, H, W, 3]: every image of each chain) for batches of `labels` [N], all or those given.
+    """Yield (first index, uint8 images [b, k, H, W, 3]) for batches of `labels` [N], all or those given; k = refs with --show-chain, else 1, the last.
 
     Batches are cut by index, so what is in one depends on neither the number of processes nor what was drawn before.
     """
@@ -101,18 +106,11 @@ def draw(model, vae, labels, refs, args, device, dtype, batches=None):
 
             with torch.inference_mode(), autocast(device, dtype):
                 chain = model.sample(batch, refs, noise_sampler=noise_sampler, **settings)
-                images = pixels(vae, chain.flatten(0, 1))
+                kept = chain if args.show_chain else chain[:, -1:]
+                images = pixels(vae, kept.flatten(0, 1)).reshape(*kept.shape[:2], model.config.latent_size * vae.factor, -1, 3)
             bar.n = sum(len(labels[i * size : (i + 1) * size]) for i in batches[: done + 1])
             bar.refresh()
-            yield b * size, images.reshape(len(batch), refs, *images.shape[1:])
-
-
-def pixels(vae, latents):
-    """Latents [N, C, h, w] -> uint8 images [N, H, W, 3]. Raises ValueError if they are not finite, rather than draw black."""
-    x = torch.cat([vae.decode(z / vae.scale).float() for z in latents.split(16)])
-    if not torch.isfinite(x).all():
-        raise ValueError("the sampler gave values that are not finite; try --dtype fp32, or a smaller --cfg")
-    return to_uint8(x)
+            yield b * size, images
 
 
 def write_npz(model, vae, labels, refs, args, device, dtype, identity):
@@ -182,20 +180,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--class", nargs="+", dest="classes", metavar="CLASS", help="indices or names (default: the model's first ten; with --num, all)")
-    add("--n", type=int, default=8, help="images of each class (default: 8)")
-    add("--num", type=int, help="images in all, as many of each class, the classes in turn; --out must end in .npz")
-    add("--refs", type=int, help="images in the chain, up to the model's; the last is the result (default: the model's)")
+    add("--n", type=positive, default=8, help="images of each class (default: 8)")
+    add("--num", type=positive, help="images in all, as many of each class, the classes in turn; --out must end in .npz")
+    add("--refs", type=positive, help="images in the chain, up to the model's; the last is the result (default: the model's)")
     add("--show-chain", action="store_true", help="draw every image of each chain, a chain a row")
     add("--fuse", nargs=2, metavar=("A", "B"), help="draw A, B, and half of A's features with half of B's, side by side")
     add("--fuse-half", choices=["first", "second"], default="first", help="the half that A gives, 128 of 256 features in the paper's sizes (default: first)")
     add("--features", type=lambda s: [int(k) for k in s.split(",")], metavar="K,K,...", help="draw each image from its first K features only, side by side; K of the paper's 256, elsewhere the same share")
-    add("--steps", type=int, help="network evaluations an image (default: 25 for XS, 100 for the paper's sizes)")
+    add("--steps", type=positive, help="network evaluations an image (default: 25 for XS, 100 for the paper's sizes)")
     add("--cfg", type=float, help="guidance scale, 1 = none (default: the published one of the model's size)")
     add("--s1", type=float, help="scale of the drift, Eq. 18 (default: likewise)")
     add("--s2", type=float, help="scale of the noise, Eq. 18 (default: likewise)")
     add("--fresh-noise", action="store_true", help="start each image of a chain from noise of its own, not from the chain's one noise")
     add("--seed", type=int, default=0, help="image i is a function of the seed and i (default: 0)")
-    add("--batch-size", type=int, default=64, help="images drawn at once (default: 64)")
+    add("--batch-size", type=positive, default=64, help="images drawn at once (default: 64)")
     add("--ckpt", help=f"model: a run's ema.pt or last.pt, or a released file (default: {DEMO_MODEL})")
     add("--vae", help="VAE that made the model's latents (default: the one that the model names)")
     add("--pretrained", choices=RELEASED, help="the authors' weights and VAE, fetched once to torch's hub folder")
@@ -212,21 +210,25 @@ def main():
     suffixes = [".npz"] if args.num else [".png"] if kinds else [".npz"] if world > 1 else [".png", ".npz"]
     if Path(args.out).suffix not in suffixes:
         raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
-    if args.n < 1 or args.batch_size < 1 or args.steps is not None and args.steps < 1:
-        raise ValueError("--n, --steps and --batch-size must be at least 1")
     device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
     if world > 1:
-        dist.init_process_group("gloo")  # for its barrier: no tensor is exchanged
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # for its barrier alone: ranks meet when the first and the last are done
     dtype = pick_dtype(args.dtype, device)
 
+    if args.pretrained and world > 1:
+        if int(os.environ["RANK"]) == 0:
+            fetch(RELEASED[args.pretrained]), fetch("vae")
+        dist.barrier()
     ckpt = fetch(RELEASED[args.pretrained]) if args.pretrained else Path(args.ckpt or DEMO_MODEL)
     model = load_checkpoint(ckpt, device)
     vae_path = Path(args.vae or (fetch("vae") if args.pretrained else model.info.get("vae", "")))
-    if vae_path.name == DEMO_VAE.name and not args.vae and not vae_path.is_file():
-        vae_path = DEMO_VAE  # named relative to the folder that the model was trained in
+    if not vae_path.is_file() and not args.vae and digest(DEMO_VAE.read_bytes()) == model.info.get("vae_digest"):
+        vae_path = DEMO_VAE  # the model names it by its path from the folder that it was trained in
     if not vae_path.is_file():
         raise ValueError(f"--vae {vae_path}: no such file; name the VAE that made this model's latents")
     vae = load_vae(vae_path, device)
+    if not args.vae and model.info.get("vae_digest", vae.digest) != vae.digest:
+        raise ValueError(f"--vae: {vae_path} is no longer the file that made this model's latents; if it will do all the same, name it")
     if vae.z_channels != model.config.latent_channels:
         raise ValueError(f"--vae {vae_path}: has {vae.z_channels} latent channels, the model {model.config.latent_channels}")
     refs = model.config.refs if args.refs is None else args.refs
@@ -259,7 +261,7 @@ def main():
         save_grid(images.swapaxes(0, 1).reshape(-1, *images.shape[2:]), args.out, columns=len(images))
     elif args.out.endswith(".npz"):
         settings = {k: getattr(args, k) for k in ("steps", "cfg", "s1", "s2", "fresh_noise", "seed", "batch_size")}
-        identity = dict(settings, refs=refs, labels=len(labels), classes=classes, model=[ckpt.name, ckpt.stat().st_size, ckpt.stat().st_mtime_ns], dtype=str(dtype))
+        identity = dict(settings, refs=refs, labels=len(labels), classes=classes, model=[ckpt.name, ckpt.stat().st_size, ckpt.stat().st_mtime_ns], vae=vae.digest, dtype=str(dtype))
         write_npz(model, vae, labels, refs, args, device, dtype, identity)
     else:
         chains = np.concatenate([images for _, images in draw(model, vae, labels, refs, args, device, dtype)])

@@ -9,7 +9,7 @@ OUT/log.csv and pictures of samples. finetune_mrar.py is stage 2 and runs this s
 import argparse
 import csv
 import dataclasses
-import hashlib
+import datetime
 import math
 import os
 import time
@@ -22,17 +22,26 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import SIZES, TransDiff, load_file, load_state, sampling_settings, warm_start
-from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, encode_source, load_vae, open_source, pick_device, pick_dtype, run, save_grid, seed_of, to_uint8, write_whole
+from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, digest, encode_source, load_vae, open_source
+from vae import pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, write_whole
 
+# Defaults of the flags of the same names. A recipe's warmup of 1/8 of 800 epochs is the paper's 100 epochs, and so on.
+COMMON = dict(weight_decay=0.02, clip=3.0, t="logit-normal", seed=0, accumulate=1, log_every=50, workers=0)
 PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
 DEMO = dict(warmup=1 / 16, cooldown=1 / 2, repeats=1, ema=0.998, sample_every=500, save_every=500)  # on the bundled images, by trial
-RECIPES = {  # defaults of the flags of the same names; warmup 1/8 of 800 epochs is the paper's 100 epochs, and so on
+RECIPES = {
     "1-step": dict(PAPER, epochs=800, lr=8e-4, warmup=1 / 8, repeats=4),
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, repeats=2),
     "512 px": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, repeats=4, ema=0.999),
     "XS 1-step": dict(DEMO, steps=1600, lr=2e-3, batch_size=64),
     "XS MRAR": dict(DEMO, steps=500, lr=5e-4, batch_size=16),
 }
+
+
+def recipe_name(size, refs, only_decoder):
+    if size == "XS":
+        return "XS MRAR" if refs > 1 else "XS 1-step"
+    return "512 px" if only_decoder else "MRAR" if refs > 1 else "1-step"
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -47,11 +56,12 @@ class Chains(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, cache, refs, batch_size, seed, start=0, rank=0, world=1):
-        self.cache, self.refs, self.batch_size, self.seed, self.start, self.rank, self.world = cache, refs, batch_size, seed, start, rank, world
+        self.cache, self.refs, self.batch_size, self.seed = cache, refs, batch_size, seed
+        self.start, self.rank, self.world = start, rank, world
         counts = np.bincount(cache.labels, minlength=len(cache.classes))
         few = [name for name, n in zip(cache.classes, counts) if n < refs]
-        if few:
-            raise ValueError(f"{len(few)} classes have fewer than {refs} images, so no chain of --refs {refs}: {', '.join(few[:10])}{' ...' if len(few) > 10 else ''}")
+        if few and refs > 1:
+            raise ValueError(f"{len(few)} classes have fewer than {refs} images, so no chain of --refs {refs}: {', '.join(few)}")
         self.chains = int((counts // refs).sum())  # in an epoch
         self.epoch, self.order = -1, None
 
@@ -90,16 +100,17 @@ class Chains(torch.utils.data.IterableDataset):
             step += stride
 
 
-def latent_cache(args, device, dtype, rank):
-    """The cache at --data; where --data is a source of images, it is encoded first (once: the folder's name tells the VAE)."""
+def latent_cache(args, device, rank):
+    """The cache at --data; where --data is a source of images, it is encoded first, once: the cache's name tells the images and the VAE."""
     path = Path(args.data)
-    if not (path / "meta.json").exists() and args.data != "latents" and not path.name.endswith(".partial"):
+    if path.suffix == ".npz" or path.is_dir() and not (path / "meta.json").exists() and not (path / "moments.npy").exists():
+        if not args.vae:
+            raise ValueError(f"--vae: name the VAE to encode {path} with (or encode it first: python vae.py encode)")
         vae = load_vae(args.vae, device)
-        digest = hashlib.sha256(Path(args.vae).read_bytes()).hexdigest()[:8]
         source = open_source(path, args.image_size or vae.image_size)
-        path = Path("runs") / f"latents-{path.stem}-{source.size}-{digest}"
+        path = Path("runs") / f"latents-{path.stem}-{source.size}-{digest((source.digest + vae.digest).encode())}"
         if rank == 0 and not path.exists():
-            encode_source(source, vae, path, args.vae, device=device, dtype=dtype)
+            encode_source(source, vae, path, device=device)
         if dist.is_initialized():
             dist.barrier()
     cache = LatentCache(path)
@@ -136,8 +147,25 @@ def draw_samples(model, cache, args, device, dtype, path):
     labels = torch.arange(n, device=device).repeat_interleave(4)
     with torch.inference_mode(), autocast(device, dtype):
         latents = model.sample(labels, noise_sampler=randn, **sampling_settings(model.config, args.name))[:, -1]
-        images = torch.cat([vae.decode(z / vae.scale).float() for z in latents.split(8)])
-    save_grid(to_uint8(images), path, columns=4)
+        save_grid(pixels(vae, latents), path, columns=4)
+    return f"wrote {path}"
+
+
+@torch.no_grad()
+def update_average(averaged, model, decay):
+    """averaged <- decay averaged + (1 - decay) weights."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+
+
+LOG = ["step", "epoch", "loss", "grad_norm", "lr", "images_per_second"]
+
+
+def start_log(path, step):
+    """Head the log; of a resumed run keep the rows up to the checkpoint, since those after it will come again."""
+    rows = list(csv.reader(open(path)))[1:] if step and path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as f:
+        csv.writer(f).writerows([LOG] + [row for row in rows if int(row[0]) <= step])
 
 
 def train(args, refs=1):
@@ -146,34 +174,49 @@ def train(args, refs=1):
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # the other ranks wait for rank 0 to encode images and to draw pictures
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     dtype = pick_dtype(args.dtype, device)
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
     out, log = Path(args.out), (print if rank == 0 else lambda *_: None)
     if (out / "last.pt").exists() and not args.resume:
         raise ValueError(f"{out}/last.pt exists: --resume goes on with that run; else give another --out, or remove {out}")
 
-    # the recipe: what was not given on the command line
-    args.name = args.size if refs == 1 else f"{args.size}-mrar"
-    recipe = RECIPES[("XS MRAR" if refs > 1 else "XS 1-step") if args.size == "XS" else "MRAR" if refs > 1 else "512 px" if args.only_decoder else "1-step"]
+    # the recipe, then what a resumed run was started with, then what was given on the command line
+    last = load_file(out / "last.pt") if args.resume else None
+    before = last["args"] if last else {}
     given = {k: v for k, v in vars(args).items() if v is not None}
-    args.__dict__.update(recipe | given)
-    if "steps" in given and "epochs" in given:
+    if given.keys() >= {"steps", "epochs"}:
         raise ValueError("--steps and --epochs both set the length of the run; give one")
-    if args.batch_size % (world * args.accumulate):
-        raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of {world} processes x --accumulate {args.accumulate}, e.g. {-(-args.batch_size // (world * args.accumulate)) * world * args.accumulate}")
+    differ = [f"{k} {before[k]} there, {given[k]} here" for k in ("size", "seed", "batch_size") if k in before and given.get(k, before[k]) != before[k]]
+    args.size = given.get("size") or before.get("size", "XS")
+    args.name = args.size if refs == 1 else f"{args.size}-mrar"
+    recipe = COMMON | RECIPES[recipe_name(args.size, refs, args.only_decoder or before.get("only_decoder"))] | before
+    if "epochs" in given:
+        recipe["steps"] = None
+    for flag, value in recipe.items():
+        if getattr(args, flag, None) is None:
+            setattr(args, flag, value)
+    args.data = args.data or (str(DEMO_DATA) if args.size == "XS" else "latents")
+    args.vae = args.vae or (str(DEMO_VAE) if args.size == "XS" else None)
+    if args.only_decoder and not (args.init or args.resume):
+        raise ValueError("--only-decoder: needs --init, the model whose AR Transformer it keeps")
+    if not (0 <= args.warmup <= 1 and 0 <= args.cooldown <= 1):
+        raise ValueError("--warmup and --cooldown are shares of the run, from 0 to 1")
+    share = world * args.accumulate
+    if args.batch_size % share:
+        wanted = -(-args.batch_size // share) * share
+        raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of {world} processes x --accumulate {args.accumulate}, e.g. {wanted}")
 
     # data and model
-    cache = latent_cache(args, device, dtype, rank)
+    cache = latent_cache(args, device, rank)
     channels, size, _ = cache.latent_shape
     config = dataclasses.replace(SIZES[args.size], refs=refs, num_classes=len(cache.classes), latent_channels=channels, latent_size=size)
     torch.manual_seed(args.seed)
     model = TransDiff(config)
-    last = None
-    if args.resume:
-        last = load_file(out / "last.pt")
-        if last["config"] != dataclasses.asdict(config):
-            differ = [f"{k} {v} there, {getattr(config, k)} here" for k, v in last["config"].items() if getattr(config, k) != v]
+    if last:
+        differ += [f"{k} {v} there, {getattr(config, k)} here" for k, v in last["config"].items() if getattr(config, k) != v]
+        if differ:
             raise ValueError(f"{out}/last.pt is of another run: {', '.join(differ)}")
         model.load_state_dict(last["model"])
         log(f"going on from {out}/last.pt at step {last['step']}")
@@ -187,15 +230,14 @@ def train(args, refs=1):
     averaged = TransDiff(config).to(device).eval().requires_grad_(False)
     averaged.load_state_dict(last["model_ema"] if last else model.state_dict())
     optimizer = make_optimizer(model, args)
-    step = 0
+    step = last["step"] if last else 0
     if last:
         optimizer.load_state_dict(last["optimizer"])
-        step = last["step"]
+    del last, before, recipe  # of the size of the model, four times
 
     chains = Chains(cache, refs, args.batch_size, args.seed, step, rank, world)
     per_epoch = chains.chains / args.batch_size
-    if args.epochs and "steps" not in given:
-        args.steps = math.ceil(args.epochs * per_epoch)
+    args.steps = args.steps or math.ceil(args.epochs * per_epoch)
     loader = iter(torch.utils.data.DataLoader(chains, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
     wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
     forward = torch.compile(wrapped) if (device.type == "cuda" if args.compile is None else args.compile) else wrapped
@@ -206,14 +248,17 @@ def train(args, refs=1):
         if rank:
             return
         weights = {k: v.half() for k, v in averaged.state_dict().items()}
-        info = dict(config=dataclasses.asdict(config), size=args.name, step=step, classes=cache.classes, vae=cache.vae)
-        write_whole(out / "last.pt", lambda f: torch.save(dict(info, model=model.state_dict(), model_ema=averaged.state_dict(), optimizer=optimizer.state_dict()), f))
+        info = dict(config=dataclasses.asdict(config), size=args.name, step=step, classes=cache.classes, vae=cache.vae, vae_digest=cache.vae_digest)
+        states = dict(model=model.state_dict(), model_ema=averaged.state_dict(), optimizer=optimizer.state_dict())
+        kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "init", "device")}
+        write_whole(out / "last.pt", lambda f: torch.save(dict(info, **states, args=kept), f))
         for name in ["ema.pt"] + ([f"ema-{step:07d}.pt"] if keep else []):
             write_whole(out / name, lambda f: torch.save(dict(info, model=weights), f))
 
     # train
     model.train()
-    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        start_log(out / "log.csv", step)
     window, window_loss, started = 0, torch.zeros((), device=device), time.time()
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0, desc=f"{args.name}")
     while step < args.steps:
@@ -231,79 +276,68 @@ def train(args, refs=1):
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema, (1 + step) / (10 + step))  # short of history the average follows the weights
-        torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+        update_average(averaged, model, min(args.ema, (1 + step) / (10 + step)))  # short of history the average follows the weights
         step, window = step + 1, window + 1
         bar.update()
 
-        if step % args.log_every == 0 or step == args.steps:
+        done, keep = step == args.steps, bool(args.keep_every) and step % args.keep_every == 0
+        saving = done or keep or step % args.save_every == 0
+        if saving or step % args.log_every == 0:
             mean = window_loss / window
             if world > 1:
                 dist.all_reduce(mean)
                 mean /= world
-            if not math.isfinite(mean):
-                raise ValueError(f"the loss is {mean.item()} at step {step}: not saved; --resume goes back to the last checkpoint, a smaller --lr may help")
+            if not math.isfinite(mean + norm):  # before anything is written: the last checkpoint stays good
+                raise ValueError(f"the loss is {mean.item()}, its gradient {norm.item()} at step {step}: not saved; --resume goes back to the last checkpoint, a smaller --lr may help")
             rate = window * args.batch_size * refs / (time.time() - started)
             if rank == 0:
-                row = dict(step=step, epoch=f"{step / per_epoch:.3f}", loss=f"{mean.item():.5f}", grad_norm=f"{norm.item():.4f}", lr=f"{learning_rate(step - 1, args):.3e}", images_per_second=f"{rate:.1f}")
-                fresh = not (out / "log.csv").exists()
+                row = [step, f"{step / per_epoch:.3f}", f"{mean.item():.5f}", f"{norm.item():.4f}", f"{learning_rate(step - 1, args):.3e}", f"{rate:.1f}"]
                 with open(out / "log.csv", "a", newline="") as f:
-                    writer = csv.DictWriter(f, row)
-                    if fresh:
-                        writer.writeheader()
-                    writer.writerow(row)
+                    csv.writer(f).writerow(row)
             bar.set_postfix(loss=f"{mean.item():.4f}", images=f"{rate:.0f}/s")
             window, started = 0, time.time()
             window_loss.zero_()
-        done, keep = step == args.steps, args.keep_every and step % args.keep_every == 0
-        if done or keep or step % args.save_every == 0:
+        if saving:
             save(keep)
         if rank == 0 and (done or step % args.sample_every == 0):
-            note = draw_samples(averaged, cache, args, device, dtype, out / f"samples-{step:07d}.png")
-            tqdm.write(note or f"wrote {out}/samples-{step:07d}.png")
-            started = time.time()
+            tqdm.write(draw_samples(averaged, cache, args, device, dtype, out / f"samples-{step:07d}.png"))
+        if saving or step % args.sample_every == 0:
+            started = time.time()  # the rate is of training alone
     bar.close()
     log(f"wrote {out}/last.pt, {out}/ema.pt and {out}/log.csv; draw from them with python sample.py --ckpt {out}/ema.pt")
     if world > 1:
         dist.destroy_process_group()
 
 
-def default_data(size):
-    return str(DEMO_DATA) if size == "XS" else "latents"
-
-
-def make_parser(doc, out, only=("XS 1-step", "1-step", "512 px")):
-    recipes = "\n".join(f"  {name:10}" + ", ".join(f"{k} {v:g}" for k, v in RECIPES[name].items()) for name in only)
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"recipes:\n{recipes}",
-    )  # fmt: skip
+def make_parser(doc, out, recipes):
+    shown = {"every recipe": COMMON} | {name: RECIPES[name] for name in recipes}
+    lines = [f"  {name:13}" + ", ".join(f"{k.replace('_', '-')} {v if isinstance(v, str) else format(v, 'g')}" for k, v in r.items()) for name, r in shown.items()]
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(["defaults:", *lines]))
     add = parser.add_argument
-    add("--size", choices=SIZES, default="XS", help="of the model (default: XS)")
-    add("--data", help="latent cache, or images to encode first (default: the bundled images for XS, else ./latents)")
-    add("--vae", default=str(DEMO_VAE), help="VAE that encodes --data if it is images (default: the bundled one)")
-    add("--image-size", type=int, help="pixels; default: the cache's, or the VAE's own")
+    add("--size", choices=SIZES, help="of the model (default: XS)")
+    add("--data", help="latent cache, or images to encode first (default: the bundled images for XS, else the cache ./latents)")
+    add("--vae", help="VAE that encodes --data if it is images (default: the bundled one for XS)")
+    add("--image-size", type=positive, help="pixels (default: the cache's, or the VAE's own)")
     add("--out", default=out, help="folder of the run (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from OUT/last.pt")
-    add("--init", help="checkpoint whose averaged weights to start from (default: %(default)s)")
-    add("--steps", type=int, help="length of the run in optimiser steps")
-    add("--epochs", type=float, help="length of the run in passes over the images, instead of --steps")
-    add("--batch-size", type=int, help="chains (1-step: images) a step, over all processes")
-    add("--accumulate", type=int, default=1, help="micro-batches a step on each process, to save memory (default: 1)")
+    add("--resume", action="store_true", help="go on from OUT/last.pt, with the flags that the run was started with")
+    add("--steps", type=positive, help="length of the run in optimiser steps")
+    add("--epochs", type=positive, help="length of the run in passes over the images, instead of --steps")
+    add("--batch-size", type=positive, help="chains (1-step: images) a step, over all processes")
+    add("--accumulate", type=positive, help="micro-batches a step on each process, to save memory")
     add("--lr", type=float, help="peak learning rate; scale it with the batch size")
     add("--warmup", type=float, help="first share of the run over which the learning rate rises, 0 to 1")
     add("--cooldown", type=float, help="last share of the run over which the learning rate falls to 0, 0 to 1")
-    add("--weight-decay", type=float, default=0.02, help="(default: 0.02)")
-    add("--clip", type=float, default=3.0, help="largest norm of the gradient (default: 3)")
-    add("--ema", type=float, help="decay per step of the averaged weights")
-    add("--repeats", type=int, help="draws of (t, noise) an image")
-    add("--t", choices=["logit-normal", "uniform"], default="logit-normal", help="distribution of t: the release's, or Eq. 5's (default: logit-normal)")
-    add("--seed", type=int, default=0, help="(default: 0)")
-    add("--save-every", type=int, help="steps between checkpoints")
-    add("--keep-every", type=int, help="also keep the averaged weights of every so many steps, as OUT/ema-STEP.pt")
-    add("--sample-every", type=int, help="steps between pictures")
-    add("--log-every", type=int, default=50, help="steps between rows of log.csv (default: 50)")
-    add("--workers", type=int, default=0, help="processes that read latents; 2 or more keep a GPU busy (default: 0, this one)")
+    add("--weight-decay", type=float, help="of the AR Transformer's matrices")
+    add("--clip", type=float, help="largest norm of the gradient")
+    add("--ema", type=float, help="decay per step of the averaged weights, 0 to 1")
+    add("--repeats", type=positive, help="draws of (t, noise) an image")
+    add("--t", choices=["logit-normal", "uniform"], help="distribution of t: the release's, or Eq. 5's")
+    add("--seed", type=int, help="of weights, data order and every draw")
+    add("--save-every", type=positive, help="steps between checkpoints")
+    add("--keep-every", type=positive, help="also keep the averaged weights of every so many steps, as OUT/ema-STEP.pt")
+    add("--sample-every", type=positive, help="steps between pictures")
+    add("--log-every", type=positive, help="steps between rows of log.csv")
+    add("--workers", type=int, help="processes that read latents; 0 reads in this one, 2 or more keep a GPU busy")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast; weights stay float32 (default: bf16 where the hardware has it)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
@@ -311,11 +345,10 @@ def make_parser(doc, out, only=("XS 1-step", "1-step", "512 px")):
 
 
 def main():
-    parser = make_parser(__doc__, "runs/train")
-    parser.add_argument("--only-decoder", action="store_true", help="freeze the AR Transformer: the 512 px recipe, with --init and --image-size 512")
-    args = parser.parse_args()
-    args.data = args.data or default_data(args.size)
-    train(args)
+    parser = make_parser(__doc__, "runs/train", ("XS 1-step", "1-step", "512 px"))
+    parser.add_argument("--init", help="checkpoint whose averaged weights to start from")
+    parser.add_argument("--only-decoder", action="store_true", default=None, help="freeze the AR Transformer: the 512 px recipe, with --init and --image-size 512")
+    train(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ a pixel: it is trained on, and draws, the latents of this autoencoder (Section 3
 latent space"). The paper's is LDM's KL-16, whose parameter names are kept, so that the released file loads as it is.
 """
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -99,11 +100,11 @@ class Mid(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, image_channels, H, W] -> [B, 2 z_channels, H / f, W / f], f = 2 ** (levels - 1). Attention at the last level."""
+    """[B, 3, H, W] -> [B, 2 z_channels, H / f, W / f], f = 2 ** (levels - 1). Attention at the last level."""
 
-    def __init__(self, channels, multipliers, blocks, z_channels, image_channels):
+    def __init__(self, channels, multipliers, blocks, z_channels):
         super().__init__()
-        self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList()
         cin = channels
         for i, m in enumerate(multipliers):
@@ -133,9 +134,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, z_channels, h, w] -> [B, image_channels, f h, f w]. One block a level more than the encoder, no attention in the levels."""
+    """[B, z_channels, h, w] -> [B, 3, f h, f w]. One block a level more than the encoder, no attention in the levels."""
 
-    def __init__(self, channels, multipliers, blocks, z_channels, image_channels):
+    def __init__(self, channels, multipliers, blocks, z_channels):
         super().__init__()
         cin = channels * multipliers[-1]
         self.conv_in = nn.Conv2d(z_channels, cin, 3, padding=1)
@@ -151,7 +152,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(cin)
             levels.insert(0, level)  # LDM counts levels from the pixels: up.0 runs last
         self.up = nn.ModuleList(levels)
-        self.norm_out, self.conv_out = norm(cin), nn.Conv2d(cin, image_channels, 3, padding=1)
+        self.norm_out, self.conv_out = norm(cin), nn.Conv2d(cin, 3, 3, padding=1)
 
     def forward(self, z):
         h = self.mid(self.conv_in(z))
@@ -170,14 +171,14 @@ class AutoencoderKL(nn.Module):
     `image_size` is the size in pixels that it was trained at; any multiple of `factor` works.
     """
 
-    def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=16, image_channels=3):
+    def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=16):
         super().__init__()
-        self.encoder = Encoder(channels, multipliers, blocks, z_channels, image_channels)
-        self.decoder = Decoder(channels, multipliers, blocks, z_channels, image_channels)
+        self.encoder = Encoder(channels, multipliers, blocks, z_channels)
+        self.decoder = Decoder(channels, multipliers, blocks, z_channels)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
         self.z_channels, self.factor = z_channels, 2 ** (len(multipliers) - 1)
-        self.scale, self.image_size = RELEASED_SCALE, 256
+        self.scale, self.image_size, self.path, self.digest = RELEASED_SCALE, 256, "", ""
 
     def encode(self, x):
         """x [B, 3, H, W] in [-1, 1] -> mean, logvar, each [B, z, H / factor, W / factor]; logvar clipped to [-30, 20]."""
@@ -198,20 +199,29 @@ def load_vae(path, device="cpu"):
     state = ckpt.get("model") if isinstance(ckpt, dict) else None
     if not isinstance(state, dict) or "quant_conv.weight" not in state or "encoder.conv_in.weight" not in state:
         raise ValueError(f"{path}: not a VAE checkpoint (expected {{'model': ...}} with LDM's names); is it a TransDiff model?")
-    channels, image_channels = state["encoder.conv_in.weight"].shape[:2]
+    channels = state["encoder.conv_in.weight"].shape[0]
     levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
     blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block."))
     multipliers = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels for i in range(levels)]
-    vae = AutoencoderKL(channels, multipliers, blocks, state["post_quant_conv.weight"].shape[0], image_channels)
+    vae = AutoencoderKL(channels, multipliers, blocks, state["post_quant_conv.weight"].shape[0])
     try:
         vae.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
     except RuntimeError as e:
         raise ValueError(f"{path}: not an LDM autoencoder: {str(e).splitlines()[1].strip()}") from None
     vae.scale, vae.image_size = float(ckpt.get("scale", RELEASED_SCALE)), int(ckpt.get("image_size", 256))
+    vae.path, vae.digest = str(path), digest(Path(path).read_bytes())  # recorded with the latents it makes
     return vae.to(device).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------- images
+
+
+def pixels(vae, latents):
+    """Scaled latents [N, z, h, w], as TransDiff draws them -> uint8 images [N, H, W, 3]. Raises ValueError if they are not finite, rather than draw black."""
+    x = torch.cat([vae.decode(z / vae.scale).float() for z in latents.split(16)])
+    if not torch.isfinite(x).all():
+        raise ValueError("the sampler gave values that are not finite; try --dtype fp32, or a smaller --cfg")
+    return to_uint8(x)
 
 
 def to_uint8(x):
@@ -255,7 +265,7 @@ def center_crop(image, size):
     ratio = size / min(image.size)
     image = image.resize((max(size, round(image.width * ratio)), max(size, round(image.height * ratio))), Image.Resampling.BICUBIC)
     x, y = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((x, y, x + size, y + size)))
+    return np.array(image.crop((x, y, x + size, y + size)))
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -278,6 +288,7 @@ class ImageFolder(torch.utils.data.Dataset):
         if not paths:
             raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>.jpg (or .png, .webp)")
         self.paths, self.labels = np.array(paths), np.array(labels)  # arrays, not lists: 40 bytes an image for ImageNet
+        self.digest = digest(str(self.classes).encode() + self.paths.tobytes())
 
     def __len__(self):
         return len(self.labels)
@@ -294,7 +305,7 @@ class ImageFolder(torch.utils.data.Dataset):
 class NpzImages(torch.utils.data.Dataset):
     """.npz of uint8 images [N, H, W] or [N, H, W, 1 or 3] (`images` or `arr_0`) and labels [N] (`labels` or `arr_1`).
 
-    Larger images are cropped as ADM does; smaller ones are padded, not enlarged, with the colour that their corners mostly have.
+    The whole array is held in memory: a large data set belongs in a folder. Larger images are cropped as ADM does; smaller ones are padded, not enlarged, with the colour that their corners mostly have.
     """
 
     def __init__(self, path, size):
@@ -311,6 +322,9 @@ class NpzImages(torch.utils.data.Dataset):
             raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, expected one whole number >= 0 for each of {len(images)} images")
         self.images, self.labels, self.size = images, labels.astype(np.int64), size
         self.classes = [str(n) for n in names] if names is not None else [str(i) for i in range(labels.max() + 1)]
+        if labels.max() >= len(self.classes):
+            raise ValueError(f"{path}: a label is {labels.max()}, but classes names only {len(self.classes)}")
+        self.digest = digest(np.ascontiguousarray(images).tobytes() + self.labels.tobytes() + str(self.classes).encode())
         corners = images[:1000, [0, 0, -1, -1], [0, -1, 0, -1]].reshape(-1, 1 if images.ndim == 3 else images.shape[3])
         colours, counts = np.unique(corners, axis=0, return_counts=True)
         self.border = colours[counts.argmax()]
@@ -344,18 +358,21 @@ def open_source(path, size):
 #
 # DIR/moments.npy  float16 [N, 2, 2 z, h, w]: mean and log-variance of the centre crop ([:, 0]) and of its mirror image ([:, 1])
 # DIR/labels.npy   int64 [N]
-# DIR/meta.json    classes (names), scale, image_size, vae (file name)
+# DIR/meta.json    classes (names), scale, image_size, vae (its file), vae_digest
 #
 # moments.npy is written front to back and memory-mapped in training, so neither end holds more than a batch of it.
 
 
-def encode_source(source, vae, out, vae_name, batch_size=32, workers=0, device="cpu", dtype=torch.float32):
-    """Encode every image of `source` into the cache folder `out`, which appears whole, at the end."""
+def encode_source(source, vae, out, batch_size=32, workers=0, device="cpu", dtype=torch.float32):
+    """Encode every image of `source` into the cache folder `out`, which appears whole, at the end. Raises ValueError if it is there already."""
     out, partial = Path(out), Path(f"{out}.partial")
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or give another --out")
+    if source.size % vae.factor:
+        raise ValueError(f"--image-size {source.size}: must be a multiple of {vae.factor} for {vae.path}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    show_reconstructions(source, vae, partial / "reconstructions.png", device)
     h = source.size // vae.factor
     header = dict(descr="<f2", fortran_order=False, shape=(len(source), 2, 2 * vae.z_channels, h, h))
     loader = torch.utils.data.DataLoader(source, batch_size, num_workers=workers)
@@ -369,31 +386,34 @@ def encode_source(source, vae, out, vae_name, batch_size=32, workers=0, device="
                 f.write(torch.stack(pair, dim=1).to("cpu", torch.float16).numpy().tobytes())
                 bar.update(len(images))
     np.save(partial / "labels.npy", source.labels)
-    meta = dict(classes=source.classes, scale=vae.scale, image_size=source.size, vae=str(vae_name))
+    meta = dict(classes=source.classes, scale=vae.scale, image_size=source.size, vae=vae.path, vae_digest=vae.digest)
     (partial / "meta.json").write_text(json.dumps(meta))
-    show_reconstructions(source, vae, partial / "reconstructions.png", device)
     partial.rename(out)
 
 
 class LatentCache:
-    """A cache folder, memory-mapped: `moments` [N, 2, 2 z, h, w] float16, `labels` [N], `classes`, `scale`, `image_size`, `vae`.
+    """A cache folder, memory-mapped: `moments` [N, 2, 2 z, h, w] float16, `labels` [N], and `classes`, `scale`, `image_size`, `vae`, `vae_digest`.
 
     Raises ValueError if the folder is not a whole cache.
     """
 
     def __init__(self, path):
-        path = Path(path)
+        self.path = path = Path(path)
         try:
             meta = json.loads((path / "meta.json").read_text())
             self.moments = np.load(path / "moments.npy", mmap_mode="r")
             self.labels = np.load(path / "labels.npy")
-            self.classes, self.scale, self.image_size, self.vae = (meta[k] for k in ("classes", "scale", "image_size", "vae"))
+            self.classes, self.scale, self.image_size = meta["classes"], meta["scale"], meta["image_size"]
+            self.vae, self.vae_digest = meta["vae"], meta["vae_digest"]
         except (OSError, ValueError, KeyError, EOFError) as e:
             raise ValueError(f"{path}: not a latent cache ({e}); make one with python vae.py encode --data SRC --vae VAE --out {path}") from None
         if self.moments.ndim != 5 or len(self.moments) != len(self.labels) or self.labels.max() >= len(self.classes):
-            raise ValueError(f"{path}: moments {self.moments.shape}, {len(self.labels)} labels and {len(self.classes)} classes do not belong together; encode again")
-
+            shapes = f"moments {self.moments.shape}, {len(self.labels)} labels and {len(self.classes)} classes"
+            raise ValueError(f"{path}: {shapes} do not belong together; encode again")
         self.latent_shape = (self.moments.shape[2] // 2, *self.moments.shape[3:])
+
+    def __reduce__(self):
+        return LatentCache, (self.path,)  # a loader's worker maps the file itself, rather than being sent its contents
 
     def __len__(self):
         return len(self.labels)
@@ -427,6 +447,10 @@ def write_whole(path, write):
         raise
 
 
+def digest(data):
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def seed_of(*numbers):
     """One 63-bit seed of several whole numbers >= 0."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -439,7 +463,7 @@ def pick_device(name=None):
 def pick_dtype(name, device):
     """--dtype: bf16 unless it would be emulated (a CPU without bfloat16 instructions), where float32 is faster."""
     if name is None:
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         name = "bf16" if native else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
@@ -453,7 +477,8 @@ def run(main):
     try:
         main()
     except (ValueError, OSError) as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        line = str(e).strip().splitlines()[-1].removeprefix("ValueError: ")  # what a loader's worker raises comes wrapped in its traceback
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -465,7 +490,7 @@ def show_reconstructions(source, vae, path, device="cpu"):
     picks = [source[i] for i in np.linspace(0, len(source) - 1, 16).astype(int)]
     images = np.stack(picks)
     with torch.inference_mode():
-        decoded = to_uint8(vae.decode(vae.encode(from_uint8(images).to(device))[0]))
+        decoded = np.concatenate([to_uint8(vae.decode(vae.encode(x)[0])) for x in from_uint8(images).to(device).split(4)])
     save_grid(np.concatenate([images[:8], decoded[:8], images[8:], decoded[8:]]), path, columns=8)
 
 
@@ -475,14 +500,15 @@ def train(args):
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     source = open_source(args.data, args.image_size or (256 if args.arch == "kl16" else 32))
+    lr = args.lr or (1e-4 if args.arch == "kl16" else 4e-3)
     vae = AutoencoderKL(**ARCHS[args.arch]).to(device)
     if source.size % vae.factor:
         raise ValueError(f"--image-size {source.size}: must be a multiple of {vae.factor} for --arch {args.arch}")
-    optimizer = torch.optim.AdamW(vae.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
     warmup = min(100, args.steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * min(1, i / args.steps))))
-    sampler = torch.utils.data.RandomSampler(source, num_samples=args.steps * args.batch_size, replacement=len(source) < args.steps * args.batch_size)
-    loader = torch.utils.data.DataLoader(source, args.batch_size, sampler=sampler, num_workers=args.workers, drop_last=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * i / args.steps)))
+    sampler = torch.utils.data.RandomSampler(source, num_samples=args.steps * args.batch_size)  # one permutation after another
+    loader = torch.utils.data.DataLoader(source, args.batch_size, sampler=sampler, num_workers=args.workers)
     with tqdm(loader, unit="step", desc=f"VAE on {args.data}") as bar:
         for images in bar:
             x = from_uint8(images).to(device)
@@ -501,6 +527,8 @@ def train(args):
                 bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
     vae.eval().requires_grad_(False)
     vae.scale, vae.image_size = 1 / latent_std(vae, source, device), source.size
+    if not np.isfinite(vae.scale):
+        raise ValueError(f"the training diverged, {args.out} is not written; try a smaller --lr than {lr}")
     print(f"latent standard deviation {1 / vae.scale:.4f}, scale {vae.scale:.4f}")
     state = {k: v.half() for k, v in vae.state_dict().items()}  # rounding far below the reconstruction's own error
     write_whole(args.out, lambda f: torch.save(dict(model=state, scale=vae.scale, image_size=source.size), f))
@@ -522,39 +550,45 @@ def latent_std(vae, source, device, n=2048):
 
 
 def encode(args):
+    """Encode a source into a latent cache, with a picture of reconstructions beside originals."""
     device = pick_device(args.device)
     vae = load_vae(args.vae, device)
-    size = args.image_size or vae.image_size
-    if size % vae.factor:
-        raise ValueError(f"--image-size {size}: must be a multiple of {vae.factor} for {args.vae}")
-    source = open_source(args.data, size)
-    encode_source(source, vae, args.out, args.vae, args.batch_size, args.workers, device, pick_dtype(args.dtype, device))
+    source = open_source(args.data, args.image_size or vae.image_size)
+    encode_source(source, vae, args.out, args.batch_size, args.workers, device, pick_dtype(args.dtype, device))
     print(f"wrote {len(source)} images of {len(source.classes)} classes to {args.out}; originals over reconstructions in {args.out}/reconstructions.png")
 
 
+def positive(text):
+    """argparse type of counts and sizes."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
+
+
 def main():
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="train | encode")
     for name, function in (("train", train), ("encode", encode)):
-        p = commands.add_parser(name, help=function.__doc__, formatter_class=formatter)
+        p = commands.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__)
         p.set_defaults(function=function)
-        p.add_argument("--data", default=str(DEMO_DATA), help="folder of class folders, or .npz")
-        p.add_argument("--image-size", type=int, help="pixels; default: 256 for kl16, 32 for small, the VAE's own when encoding")
-        p.add_argument("--batch-size", type=int, default=32, help="images")
-        p.add_argument("--workers", type=int, default=0, help="processes that read images; 0 reads in this one")
-        p.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
-        p.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; weights stay float32; default: bf16 where the hardware has it")
+        add = p.add_argument
+        add("--data", default=str(DEMO_DATA), help="folder of class folders, or .npz (default: %(default)s)")
+        add("--image-size", type=positive, help="pixels (default: when training 32 for small, 256 for kl16; when encoding the VAE's own)")
+        add("--batch-size", type=positive, default=32, help="images (default: 32)")
+        add("--workers", type=int, default=0, help="processes that read images (default: 0, this one)")
+        add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
         if function is train:
-            p.add_argument("--out", default="runs/vae.pt", help="file to write")
-            p.add_argument("--arch", choices=ARCHS, default="small", help="kl16: the paper's; small: the demo's")
-            p.add_argument("--steps", type=int, default=5000, help="optimiser steps")
-            p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate; cosine to 0; 1e-4 is safer for kl16")
-            p.add_argument("--kl-weight", type=float, default=2e-3, help="weight of the KL term")
-            p.add_argument("--seed", type=int, default=0)
+            add("--out", default="runs/vae.pt", help="file to write (default: %(default)s)")
+            add("--arch", choices=ARCHS, default="small", help="kl16: the paper's; small: the demo's (default)")
+            add("--steps", type=positive, default=5000, help="optimiser steps (default: 5000)")
+            add("--lr", type=float, help="peak learning rate; cosine to 0 (default: 4e-3 for small, 1e-4 for kl16)")
+            add("--kl-weight", type=float, default=2e-3, help="weight of the KL term (default: 2e-3)")
+            add("--seed", type=int, default=0, help="(default: 0)")
+            add("--dtype", choices=["bf16", "fp32"], help="of autocast; weights stay float32 (default: bf16 where the hardware has it)")
         else:
-            p.add_argument("--vae", default=str(DEMO_VAE), help="VAE file, ours or the released one")
-            p.add_argument("--out", default="runs/latents", help="cache folder to write")
+            add("--vae", default=str(DEMO_VAE), help="VAE file, ours or the released one (default: %(default)s)")
+            add("--out", default="runs/latents", help="cache folder to write (default: %(default)s)")
+            add("--dtype", choices=["bf16", "fp32"], default="fp32", help="of the encoder's arithmetic; the moments are kept for good (default: fp32)")
     args = parser.parse_args()
     args.function(args)
 

@@ -1,10 +1,9 @@
 """Numbers of the authors' released code: every entry of released_small.npz, to 1e-4 of its largest value."""
 import dataclasses
-import json
 
 import pytest
 import torch
-from golden import HERE, SHAPES, assert_close, released_state, tensor, write_released
+from golden import OUTCOMES, assert_close, released_state, tensor, write_released
 
 import model as transdiff
 from model import SIZES, TransDiff, load_checkpoint
@@ -54,8 +53,6 @@ def test_mrar(load):
     assert_close("mrar.c", c)
     for i in range(4):
         assert_close(f"mrar.v{i}", model.velocity(X, T, c[:, : 64 * (i + 1)]))
-    from golden import OUTCOMES
-
     loss = model.loss(LATENTS, LABELS, t=T, noise=NOISE).item()
     assert loss == pytest.approx(OUTCOMES["mrar.loss"].mean(), rel=1e-4)
 

@@ -9,7 +9,7 @@ import torch
 from test_vae import small_vae
 
 from model import SIZES, TransDiff, load_checkpoint, load_file
-from train import RECIPES, Chains, learning_rate, make_optimizer
+from train import RECIPES, Chains, learning_rate, make_optimizer, update_average
 
 
 def fake_cache(counts, seed=0):
@@ -174,7 +174,10 @@ def test_killed_and_resumed_is_never_stopped(project, command):
     (project / "stop.py").write_text(KILL_AFTER_THE_FIRST_CHECKPOINT)
     command(f"train.py {SHORT} --steps 5 --save-every 2 --out killed", expect=-9, launcher=(sys.executable, "stop.py"))
     assert load_file(project / "killed" / "last.pt")["step"] == 2
-    command(f"train.py {SHORT} --steps 5 --save-every 2 --out killed --resume")
+    _, err = command("train.py --out killed --resume --seed 1", expect=2)
+    assert "killed/last.pt is of another run: seed 0 there, 1 here" in err
+    command("train.py --out killed --resume")  # with the flags that the run was started with
+    assert [row["step"] for row in csv.DictReader(open(project / "killed" / "log.csv"))] == ["1", "2", "3", "4", "5"]
     whole, resumed = (load_file(project / d / "last.pt") for d in ("whole", "killed"))
     assert whole["step"] == resumed["step"] == 5
     for part in ("model", "model_ema"):
@@ -185,17 +188,81 @@ def test_killed_and_resumed_is_never_stopped(project, command):
     assert "killed/last.pt is of another run: refs 1 there, 4 here" in err
 
 
-def test_two_processes(project, command):
-    """torchrun with gloo: both ranks train, one writes; accumulation divides the batch further."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
-    out, _ = command(f"train.py {SHORT} --steps 2 --accumulate 2 --device cpu", launcher=launcher, env={"OMP_NUM_THREADS": "1"})
-    assert "2 x cpu" in out and load_file(project / "runs" / "train" / "last.pt")["step"] == 2
+WITHOUT_RANDOMNESS = """
+import os, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import torch, train
+from model import TransDiff
+from vae import LatentCache
+loss, latents = TransDiff.loss, LatentCache.latents
+TransDiff.forward = lambda self, z, y, **k: loss(self.eval(), z, y, t=torch.full((len(y),), 0.5), noise=torch.ones_like(z[:, 0]))
+LatentCache.latents = lambda self, i, flips, noise: latents(self, i, 0 * flips, 0 * noise)
+train.main()
+"""
 
 
-def test_accumulation_and_the_whole_batch_agree(project, command):
-    """Same order of data; the draws of noise differ, so only the data-independent state must agree: the step and the rate of learning."""
+def test_the_loss_is_the_mean_over_the_batch_however_it_is_split(project, command):
+    """1 process, accumulation, 2 processes under torchrun with gloo, and both: the same weights, but for the order of the sums."""
+    (project / "fixed.py").write_text(WITHOUT_RANDOMNESS)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "fixed.py")
+    results = {}
+    for name, launcher, flags in (("one", (sys.executable, "fixed.py"), ""), ("micro", (sys.executable, "fixed.py"), "--accumulate 4"), ("ranks", torchrun, ""), ("both", torchrun, "--accumulate 2")):
+        out, _ = command(f"train.py {SHORT} --steps 3 --dtype fp32 --device cpu --out {name} {flags}", launcher=launcher, env={"OMP_NUM_THREADS": "1"})
+        results[name] = load_file(project / name / "last.pt")
+        assert ("2 x cpu" in out) == (launcher == torchrun)
+    losses = {name: [row["loss"] for row in csv.DictReader(open(project / name / "log.csv"))] for name in results}
+    for name in ("micro", "ranks", "both"):
+        np.testing.assert_allclose(np.array(losses[name], float), np.array(losses["one"], float), atol=2e-4)
+        for a, b in zip(results["one"]["optimizer"]["state"].values(), results[name]["optimizer"]["state"].values()):
+            torch.testing.assert_close(b["exp_avg"], a["exp_avg"], atol=2e-5, rtol=2e-3)  # gradients: Adam's first steps are but their signs
+
+
+def test_a_batch_that_does_not_divide(project, command):
     _, err = command(f"train.py {SHORT} --steps 2 --accumulate 3", expect=2)
     assert "--batch-size 8: must be a multiple of 1 processes x --accumulate 3, e.g. 9" in err
+
+
+def test_average():
+    averaged, model = (TransDiff(SIZES["XS"]) for _ in range(2))
+    averaged.requires_grad_(False)
+    expected = [0.9 * a + 0.1 * b.detach() for a, b in zip(averaged.parameters(), model.parameters())]
+    update_average(averaged, model, 0.9)
+    for p, e in zip(averaged.parameters(), expected):
+        torch.testing.assert_close(p, e)
+        assert p.grad_fn is None and not p.requires_grad  # no graph grows from step to step
+
+
+def test_another_data_set_or_vae_is_encoded_anew(project, command, garments):
+    """The cache that train.py makes for itself is found again for the same images and VAE, and for nothing else."""
+    made = lambda: sorted((project / "runs").glob("latents-s-32-*"))  # noqa: E731
+    command(f"train.py {SHORT} --steps 1")
+    _, err = command(f"train.py {SHORT} --steps 1 --out again")
+    assert len(made()) == 1 and "encoding" not in err
+    np.savez(project / "s.npz", images=255 - garments[0], labels=garments[1])
+    command(f"train.py {SHORT} --steps 1 --out other")
+    assert len(made()) == 2
+    torch.save(dict(model=small_vae(1).state_dict(), scale=1.0, image_size=32), project / "v.pt")
+    command(f"train.py {SHORT} --steps 1 --out third")
+    assert len(made()) == 3
+    # and a model remembers the VAE that it was trained with
+    _, err = command("sample.py --ckpt runs/train/ema.pt --n 1 --steps 1", expect=2)
+    assert "v.pt is no longer the file that made this model's latents" in err
+    command("sample.py --ckpt runs/train/ema.pt --n 1 --steps 1 --vae v.pt")
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(project, command):
+    _, err = command(f"train.py {SHORT.replace('--log-every 1', '--log-every 50')} --steps 9 --lr 1e30 --warmup 0 --save-every 1", expect=2)
+    assert "not saved; --resume goes back" in err
+    kept = load_file(project / "runs" / "train" / "last.pt")
+    assert kept["step"] < 9 and all(torch.isfinite(v).all() for v in kept["model"].values())
+
+
+def test_workers_read_what_one_process_reads(project, command):
+    command(f"train.py {SHORT} --steps 3 --out plain")
+    command(f"train.py {SHORT} --steps 3 --workers 2 --out workers")
+    for k, v in weights(project / "plain" / "last.pt").items():
+        assert torch.equal(v, weights(project / "workers" / "last.pt")[k]), k
 
 
 def test_only_decoder_and_init(project, command):
@@ -204,6 +271,8 @@ def test_only_decoder_and_init(project, command):
     before = load_file(project / "runs" / "train" / "last.pt")["model_ema"]
     out, _ = command(f"train.py {SHORT} --steps 2 --out large --init runs/train/last.pt --only-decoder --image-size 64 --lr 1e-3 --warmup 0")
     assert "latents 8 -> 16: decoder positions interpolated" in out
+    _, err = command(f"train.py {SHORT} --steps 2 --out none --only-decoder", expect=2)
+    assert "--only-decoder: needs --init" in err
     after = weights(project / "large" / "last.pt")
     assert after["decoder.positions"].shape[1] == 256
     assert all(torch.equal(after[k], v) for k, v in before.items() if not k.startswith("decoder."))
@@ -217,3 +286,7 @@ def test_missing_inputs_say_what_to_do(project, command):
     assert "run python train.py --size XS first" in err
     _, err = command("train.py --data s.npz --vae nothing.pt", expect=2)
     assert "nothing.pt" in err
+    _, err = command("train.py --size B --data s.npz", expect=2)
+    assert "--vae: name the VAE" in err
+    _, err = command("train.py --warmup 100", expect=2)
+    assert "shares of the run" in err

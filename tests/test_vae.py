@@ -1,5 +1,6 @@
 """Images in, latents out: every kind of image, both kinds of source, the cache, and the VAE's own commands."""
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_cache_holds_the_moments_of_the_crop_and_of_its_mirror_image(tmp_path, g
     np.savez(tmp_path / "s.npz", images=garments[0], labels=garments[1])
     source, vae = open_source(tmp_path / "s.npz", 32), small_vae()
     vae.scale = 0.5
-    encode_source(source, vae, tmp_path / "cache", "vae.pt", batch_size=7)
+    encode_source(source, vae, tmp_path / "cache", batch_size=7)
     cache = LatentCache(tmp_path / "cache")
     assert isinstance(cache.moments, np.memmap) and cache.moments.shape == (60, 2, 16, 8, 8) and cache.moments.dtype == np.float16
     assert np.array_equal(cache.labels, source.labels) and cache.classes == source.classes and cache.scale == 0.5 and cache.latent_shape == (8, 8, 8)
@@ -152,8 +153,9 @@ def test_cache_holds_the_moments_of_the_crop_and_of_its_mirror_image(tmp_path, g
         noise = torch.randn(1, 8, 8, 8)
         expected = (mean + (0.5 * logvar).exp() * noise) * 0.5
         torch.testing.assert_close(cache.latents(np.array([i]), np.array([flip]), noise), expected, atol=2e-3, rtol=2e-3)
+    assert len(pickle.dumps(cache)) < 1000 and np.array_equal(pickle.loads(pickle.dumps(cache)).moments, cache.moments)  # a worker maps it too
     with pytest.raises(ValueError, match="exists already"):
-        encode_source(source, vae, tmp_path / "cache", "vae.pt")
+        encode_source(source, vae, tmp_path / "cache")
 
 
 def test_half_a_cache_is_no_cache(tmp_path):
@@ -162,7 +164,7 @@ def test_half_a_cache_is_no_cache(tmp_path):
         LatentCache(tmp_path / "c")
     np.save(tmp_path / "c" / "moments.npy", np.zeros((3, 2, 4, 2, 2), np.float16))
     np.save(tmp_path / "c" / "labels.npy", np.array([0, 1]))
-    (tmp_path / "c" / "meta.json").write_text(json.dumps(dict(classes=["a", "b"], scale=1.0, image_size=32, vae="v")))
+    (tmp_path / "c" / "meta.json").write_text(json.dumps(dict(classes=["a", "b"], scale=1.0, image_size=32, vae="v", vae_digest="")))
     with pytest.raises(ValueError, match="do not belong together"):
         LatentCache(tmp_path / "c")
 
@@ -212,6 +214,17 @@ def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path):
     with pytest.raises(OSError):
         write_whole(path, half)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_bad_image_is_named_from_a_worker_too(tmp_path, command):
+    (tmp_path / "tree" / "c").mkdir(parents=True)
+    Image.fromarray(gradient(40, 40)).save(tmp_path / "tree" / "c" / "0.png")
+    (tmp_path / "tree" / "c" / "1.jpg").write_bytes(b"not a picture")
+    torch.save(dict(model=small_vae().state_dict(), scale=1.0, image_size=32), tmp_path / "v.pt")
+    for workers in (0, 1):
+        _, err = command(f"vae.py encode --data tree --vae v.pt --out cache --workers {workers}", expect=2)
+        assert err.strip().splitlines()[-1].startswith("vae.py: tree/c/1.jpg: cannot be read as an image")
+        assert not (tmp_path / "cache").exists()
 
 
 def test_commands(tmp_path, garments, command):
