@@ -9,12 +9,10 @@ Samples and reference: a folder of images, or an .npz of uint8 images (arr_0 or 
 """
 import argparse
 import hashlib
-import http.client
 import io
 import json
 import os
 import sys
-import urllib.request
 import zipfile
 import zlib
 from collections import namedtuple
@@ -30,7 +28,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from vae import DEMO_DATA, ImageFolder, center_crop, open_source, pick_device, run, to_rgb, write_whole
+from vae import DEMO_DATA, ImageFolder, center_crop, fetch, open_source, pick_device, run, to_rgb, write_whole
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
@@ -229,38 +227,6 @@ def load_statistics(path, network):
 
 
 # ---------------------------------------------------------------------------------------------- the network
-
-
-def fetch(url, path):
-    """`path`, downloaded from `url` if it is not there. A download that was cut goes on where it stopped.
-
-    Raises OSError if the server cannot be reached, or sends less than it announced.
-    """
-    path = Path(path)
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            if response.status != 206:  # the server does not resume: from the start
-                have = 0
-            length = response.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := response.read(1 << 20):
-                    f.write(block)
-                    bar.update(len(block))
-        if total and part.stat().st_size != total:
-            raise OSError("the connection closed early")
-    except (OSError, http.client.HTTPException) as e:
-        if getattr(e, "code", None) == 416:  # the part is no beginning of that file
-            part.unlink(missing_ok=True)
-        raise OSError(f"could not fetch {url} ({getattr(e, 'reason', e)}); run it again to go on, or put the file at {path}") from None
-    part.rename(path)
-    return path
 
 
 def load_net(path, device, size):

@@ -45,11 +45,8 @@ class Config:
         if self.refs not in (1, 4, 16, 64):
             raise ValueError(f"refs {self.refs}: must be 1, 4, 16 or 64, so that an image's share of c is a square of tokens")
         side = math.isqrt(self.tokens_per_image)
-        if self.cond_tokens % self.refs or side * side != self.tokens_per_image or self.latent_size % side and self.refs > 1:
-            raise ValueError(
-                f"cond_tokens {self.cond_tokens} over refs {self.refs} must be a whole square of tokens"
-                f" whose side divides latent_size {self.latent_size}"
-            )
+        if self.refs > 1 and (self.cond_tokens % self.refs or side * side != self.tokens_per_image or self.latent_size % side):
+            raise ValueError(f"cond_tokens {self.cond_tokens} / refs {self.refs} must be a square of tokens, its side a divisor of latent_size {self.latent_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
 
@@ -69,7 +66,6 @@ SIZES = {  # Appendix B; XS is ours, for the bundled 32 px demo
     "L": Config(1024, 16, 32, 16),
     "H": Config(1280, 16, 40, 20),
 }
-
 
 SAMPLING = {  # the published settings of each model, and ours for XS; -mrar is refs > 1
     "XS": dict(steps=25, cfg=1.5, s1=1.0, s2=1.0),

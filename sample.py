@@ -9,11 +9,9 @@
 """
 import argparse
 import datetime
-import http.client
 import json
 import os
 import shutil
-import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO, DEMO_VAE, autocast, digest, load_vae, pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, write_whole
+from vae import DEMO, DEMO_VAE, autocast, digest, fetch, load_vae, pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, write_whole
 
 DEMO_MODEL = DEMO / "mrar.pt"
 RELEASED = {  # --pretrained: folder of the authors' repository
@@ -32,39 +30,10 @@ RELEASED = {  # --pretrained: folder of the authors' repository
 }  # fmt: skip
 
 
-def fetch(folder):
-    """Path of FOLDER/checkpoint-last.pth of the released weights in the cache folder, downloaded if it is not there.
-
-    A download that was cut goes on where it stopped. HF_ENDPOINT names another host, as for other tools of that hub.
-    Raises OSError if the server cannot be reached or sends something else.
-    """
+def fetch_released(folder):
+    """Path of FOLDER/checkpoint-last.pth of the authors' repository, fetched once to torch's hub folder. HF_ENDPOINT names a mirror."""
     url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/zhendch/Transdiff/resolve/main/{folder}/checkpoint-last.pth"
-    path = Path(torch.hub.get_dir()) / "transdiff" / folder / "checkpoint-last.pth"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            if response.status != 206:  # the server does not resume: from the start
-                have = 0
-            total = have + int(response.headers.get("Content-Length", 0))
-            with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=folder) as bar:
-                while block := response.read(1 << 20):
-                    f.write(block)
-                    bar.update(len(block))
-        if part.stat().st_size != total:
-            raise OSError("the connection closed early")
-    except (OSError, http.client.HTTPException) as e:
-        # 416: there is nothing after what we have. If that is the whole file, it only missed its rename
-        if getattr(e, "code", 0) != 416 or e.headers.get("Content-Range") != f"bytes */{have}":
-            if getattr(e, "code", 0) == 416:
-                part.unlink()
-            raise OSError(f"--pretrained: could not fetch {url} ({getattr(e, 'reason', e)}); run it again to go on, or put the file at {path}") from None
-    part.rename(path)
-    return path
+    return fetch(url, Path(torch.hub.get_dir()) / "transdiff" / folder / "checkpoint-last.pth")
 
 
 def class_indices(words, names, num_classes):
@@ -217,11 +186,11 @@ def main():
 
     if args.pretrained and world > 1:
         if int(os.environ["RANK"]) == 0:
-            fetch(RELEASED[args.pretrained]), fetch("vae")
+            fetch_released(RELEASED[args.pretrained]), fetch_released("vae")
         dist.barrier()
-    ckpt = fetch(RELEASED[args.pretrained]) if args.pretrained else Path(args.ckpt or DEMO_MODEL)
+    ckpt = fetch_released(RELEASED[args.pretrained]) if args.pretrained else Path(args.ckpt or DEMO_MODEL)
     model = load_checkpoint(ckpt, device)
-    vae_path = Path(args.vae or (fetch("vae") if args.pretrained else model.info.get("vae", "")))
+    vae_path = Path(args.vae or (fetch_released("vae") if args.pretrained else model.info.get("vae", "")))
     if not vae_path.is_file() and not args.vae and digest(DEMO_VAE.read_bytes()) == model.info.get("vae_digest"):
         vae_path = DEMO_VAE  # the model names it by its path from the folder that it was trained in
     if not vae_path.is_file():

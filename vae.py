@@ -9,11 +9,13 @@ latent space"). The paper's is LDM's KL-16, whose parameter names are kept, so t
 """
 import argparse
 import hashlib
+import http.client
 import json
 import os
 import pickle
 import shutil
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -445,6 +447,40 @@ def write_whole(path, write):
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
+
+
+def fetch(url, path):
+    """`path`, downloaded from `url` if it is not there. A download that was cut goes on where it stopped.
+
+    Raises OSError if the server cannot be reached, or sends less than it announced.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            if response.status != 206:  # the server does not resume: from the start
+                have = 0
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+        if total and part.stat().st_size != total:
+            raise OSError("the connection closed early")
+    except (OSError, http.client.HTTPException) as e:
+        nothing_left = getattr(e, "code", 0) == 416  # either all is there and only missed its rename, or it is no part of that file
+        if not nothing_left or e.headers.get("Content-Range") != f"bytes */{have}":
+            if nothing_left:
+                part.unlink()
+            raise OSError(f"could not fetch {url} ({getattr(e, 'reason', e)}); run it again to go on, or put the file at {path}") from None
+    part.rename(path)
+    return path
 
 
 def digest(data):
