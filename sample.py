@@ -145,6 +145,11 @@ def decode_parts(model, vae, labels, refs, parts, args, device, dtype):
     return np.stack(images)
 
 
+def counts(text):
+    """argparse type of --features."""
+    return [positive(k) for k in text.split(",")]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -155,7 +160,7 @@ def main():
     add("--show-chain", action="store_true", help="draw every image of each chain, a chain a row")
     add("--fuse", nargs=2, metavar=("A", "B"), help="draw A, B, and half of A's features with half of B's, side by side")
     add("--fuse-half", choices=["first", "second"], default="first", help="the half that A gives, 128 of 256 features in the paper's sizes (default: first)")
-    add("--features", type=lambda s: [int(k) for k in s.split(",")], metavar="K,K,...", help="draw each image from its first K features only, side by side; K of the paper's 256, elsewhere the same share")
+    add("--features", type=counts, metavar="K,K,...", help="draw each image from its first K of 256 features (of fewer, the same share), side by side")
     add("--steps", type=positive, help="network evaluations an image (default: 25 for XS, 100 for the paper's sizes)")
     add("--cfg", type=float, help="guidance scale, 1 = none (default: the published one of the model's size)")
     add("--s1", type=float, help="scale of the drift, Eq. 18 (default: likewise)")
@@ -220,12 +225,12 @@ def main():
         parts = [lambda c: c[0], lambda c: c[1], lambda c: torch.cat([c[a][:, :half], c[b][:, half:]], dim=1)]
         images = decode_parts(model, vae, [[k] * args.n for k in classes], refs, parts, args, device, dtype)
     elif args.features:
-        counts = [k * tokens // 256 for k in args.features]
-        if not all(1 <= k <= tokens for k in counts):
+        first = [k * tokens // 256 for k in args.features]
+        if not all(1 <= k <= tokens for k in first):
             raise ValueError(f"--features {','.join(map(str, args.features))}: of 256, and this image has {tokens}, so each from {-(-256 // tokens)} to 256")
-        parts = [lambda c, k=k: c[0][:, :k] for k in counts]
+        parts = [lambda c, k=k: c[0][:, :k] for k in first]
         images = decode_parts(model, vae, [labels], refs, parts, args, device, dtype)
-        print(f"columns: the first {', '.join(map(str, counts))} of {tokens} features")
+        print(f"columns: the first {', '.join(map(str, first))} of {tokens} features")
     if args.fuse or args.features:
         save_grid(images.swapaxes(0, 1).reshape(-1, *images.shape[2:]), args.out, columns=len(images))
     elif args.out.endswith(".npz"):

@@ -242,7 +242,10 @@ def train(args, refs=1):
     wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
     forward = torch.compile(wrapped) if (device.type == "cuda" if args.compile is None else args.compile) else wrapped
     count = sum(p.numel() for p in model.parameters())
-    log(f"TransDiff-{args.name}: {count:,} parameters on {world} x {device.type} in {str(dtype)[6:]}; {len(cache):,} images of {len(cache.classes)} classes, chains of {refs}; {args.steps} steps of {args.batch_size} chains = {args.steps / per_epoch:.1f} epochs")
+    log(
+        f"TransDiff-{args.name}: {count:,} parameters on {world} x {device.type} in {str(dtype)[6:]}; {len(cache):,} images of {len(cache.classes)} classes, "
+        f"chains of {refs}; {args.steps} steps of {args.batch_size} chains = {args.steps / per_epoch:.1f} epochs"
+    )
 
     def save(keep=False):
         if rank:
@@ -299,9 +302,10 @@ def train(args, refs=1):
             window_loss.zero_()
         if saving:
             save(keep)
-        if rank == 0 and (done or step % args.sample_every == 0):
+        picture = args.sample_every and (done or step % args.sample_every == 0)
+        if picture and rank == 0:
             tqdm.write(draw_samples(averaged, cache, args, device, dtype, out / f"samples-{step:07d}.png"))
-        if saving or step % args.sample_every == 0:
+        if saving or picture:
             started = time.time()  # the rate is of training alone
     bar.close()
     log(f"wrote {out}/last.pt, {out}/ema.pt and {out}/log.csv; draw from them with python sample.py --ckpt {out}/ema.pt")
@@ -335,7 +339,7 @@ def make_parser(doc, out, recipes):
     add("--seed", type=int, help="of weights, data order and every draw")
     add("--save-every", type=positive, help="steps between checkpoints")
     add("--keep-every", type=positive, help="also keep the averaged weights of every so many steps, as OUT/ema-STEP.pt")
-    add("--sample-every", type=positive, help="steps between pictures")
+    add("--sample-every", type=int, help="steps between pictures of samples, and one at the end; 0 draws none")
     add("--log-every", type=positive, help="steps between rows of log.csv")
     add("--workers", type=int, help="processes that read latents; 0 reads in this one, 2 or more keep a GPU busy")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")

@@ -321,7 +321,8 @@ class NpzImages(torch.utils.data.Dataset):
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
             raise ValueError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]")
         if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-            raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, expected one whole number >= 0 for each of {len(images)} images")
+            wanted = f"expected a whole number >= 0 for each of {len(images)} images"
+            raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, {wanted}")
         self.images, self.labels, self.size = images, labels.astype(np.int64), size
         self.classes = [str(n) for n in names] if names is not None else [str(i) for i in range(labels.max() + 1)]
         if labels.max() >= len(self.classes):
@@ -531,7 +532,7 @@ def show_reconstructions(source, vae, path, device="cpu"):
 
 
 def train(args):
-    """L1 + KL, learning rate falling to 0 by a cosine (which does what averaging the weights would). The KL term (against a unit Gaussian) is LDM's: summed over the latent, and weighed against the sum over pixels."""
+    """Train an autoencoder by L1 + KL; the KL (to a unit Gaussian) is LDM's, summed over the latent and weighed against a sum over pixels."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
@@ -542,6 +543,7 @@ def train(args):
         raise ValueError(f"--image-size {source.size}: must be a multiple of {vae.factor} for --arch {args.arch}")
     optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
     warmup = min(100, args.steps // 10 + 1)
+    # a cosine to 0 does what averaging the weights would
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * i / args.steps)))
     sampler = torch.utils.data.RandomSampler(source, num_samples=args.steps * args.batch_size)  # one permutation after another
     loader = torch.utils.data.DataLoader(source, args.batch_size, sampler=sampler, num_workers=args.workers)

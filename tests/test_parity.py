@@ -5,7 +5,6 @@ import pytest
 import torch
 from golden import OUTCOMES, assert_close, released_state, tensor, write_released
 
-import model as transdiff
 from model import SIZES, TransDiff, load_checkpoint
 from vae import load_vae
 

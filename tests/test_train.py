@@ -119,7 +119,7 @@ def project(tmp_path, garments):
     return tmp_path
 
 
-SHORT = "--data s.npz --vae v.pt --batch-size 8 --log-every 1 --sample-every 1000"
+SHORT = "--data s.npz --vae v.pt --batch-size 8 --log-every 1 --sample-every 0"
 
 
 KILL_AFTER_THE_FIRST_CHECKPOINT = """
@@ -142,10 +142,10 @@ def weights(path):
 
 
 def test_train_finetune_sample(project, command):
-    out, err = command(f"train.py {SHORT} --steps 3")
+    out, err = command(f"train.py {SHORT} --steps 3 --sample-every 2")
     run = project / "runs" / "train"
     assert "encoding" in err and "runs/train/ema.pt" in out
-    assert {p.name for p in run.iterdir()} == {"last.pt", "ema.pt", "log.csv", "samples-0000003.png"}
+    assert {p.name for p in run.iterdir()} == {"last.pt", "ema.pt", "log.csv", "samples-0000002.png", "samples-0000003.png"}
     rows = list(csv.DictReader(open(run / "log.csv")))
     assert [r["step"] for r in rows] == ["1", "2", "3"] and all(float(r["loss"]) > 0 and float(r["images_per_second"]) > 0 for r in rows)
     ema, last = load_file(run / "ema.pt"), load_file(run / "last.pt")
