@@ -34,7 +34,7 @@ RECIPES = {
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, repeats=2),
     "512 px": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, repeats=4, ema=0.999),
     "XS 1-step": dict(DEMO, steps=1600, lr=2e-3, batch_size=64),
-    "XS MRAR": dict(DEMO, steps=500, lr=5e-4, batch_size=16),
+    "XS MRAR": dict(DEMO, steps=500, lr=1e-3, batch_size=16),
 }
 
 
