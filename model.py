@@ -68,8 +68,8 @@ SIZES = {  # Appendix B; XS is ours, for the bundled 32 px demo
 }
 
 SAMPLING = {  # the published settings of each model, and ours for XS; -mrar is refs > 1
-    "XS": dict(steps=25, cfg=1.5, s1=1.0, s2=1.0),
-    "XS-mrar": dict(steps=25, cfg=1.5, s1=1.0, s2=1.0),
+    "XS": dict(steps=25, cfg=2.0, s1=1.0, s2=1.0),
+    "XS-mrar": dict(steps=25, cfg=2.0, s1=1.0, s2=1.0),
     "B": dict(steps=100, cfg=1.30, s1=0.87, s2=0.91),
     "L": dict(steps=100, cfg=1.30, s1=0.89, s2=0.95),
     "H": dict(steps=100, cfg=1.23, s1=0.87, s2=0.93),

@@ -5,7 +5,8 @@
     python sample.py --pretrained B-mrar --class 207 360     the authors' weights, fetched on first use, at their published settings
     python sample.py --fuse trouser bag                      semantic features of two classes in one image (Figures 1 and 5)
     python sample.py --features 32,64,128,256                the same noise decoded from the first so many features (Figure 1)
-    torchrun --nproc_per_node 8 sample.py --num 50000 --ckpt CKPT --out samples.npz    balanced classes, for FID
+    torchrun --nproc_per_node 8 -- sample.py --num 50000 --ckpt CKPT --out samples.npz    balanced classes, for FID; the bare --
+                                                             keeps torchrun from taking --num for a flag of its own
 """
 import argparse
 import datetime

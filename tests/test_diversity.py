@@ -51,7 +51,3 @@ def test_command(tmp_path, command):
     assert float(rows[0]["over_seeds"]) > 0  # MRAR's features hold the references, which are drawn
     picture = np.asarray(Image.open(tmp_path / "S.png"))
     assert picture.shape == (512, 512, 3) and (picture[4, 4] == [180, 20, 30]).all()  # the diagonal is 1
-    out, _ = command("diversity.py --seeds 1 --released")
-    assert "release's definition" in out
-    _, err = command("diversity.py --seeds 1 --heatmap hat", expect=2)
-    assert "--heatmap hat: no such class" in err
