@@ -22,9 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO, pick_device, run, seed_of, write_whole
-
-DEMO_MODEL = DEMO / "mrar.pt"
+from vae import DEMO_MODEL, pick_device, run, seed_of, write_whole
 
 
 def similarity(features):

@@ -22,9 +22,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO, DEMO_VAE, autocast, digest, fetch, load_vae, pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, write_whole
+from vae import DEMO_MODEL, DEMO_VAE, autocast, digest, fetch, load_vae, pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, write_whole
 
-DEMO_MODEL = DEMO / "mrar.pt"
 RELEASED = {  # --pretrained: folder of the authors' repository
     "B": "transdiff_b", "L": "transdiff_l", "H": "transdiff_h",
     "B-mrar": "transdiff_b_mrar", "L-mrar": "transdiff_l_mrar", "H-mrar": "transdiff_h_mrar", "L-512": "transdiff_l_512",

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from model import load_file
 
 DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))  # relative: it is recorded in caches and checkpoints
-DEMO_DATA, DEMO_VAE = DEMO / "fashion_mnist_10k.npz", DEMO / "vae.pt"
+DEMO_DATA, DEMO_VAE, DEMO_MODEL = DEMO / "fashion_mnist_10k.npz", DEMO / "vae.pt", DEMO / "mrar.pt"
 RELEASED_SCALE = 0.2325  # 1 / standard deviation of the released VAE's latents on ImageNet; its file does not say so
 ARCHS = {  # of vae.py train --arch: kl16 is the paper's (256 px -> 16 x 16 x 16), small is the demo's (32 px -> 8 x 8 x 8)
     "kl16": dict(channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=16),
