@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def sampling_settings(config, size=None):
     return SAMPLING.get(size) or SAMPLING[shape]
 
 
-def attention_masks(config):
+def attention_masks(config, device=None):
     """What sees what; True = visible. Print it for Config(..., refs=4).
 
     Returns
@@ -99,8 +100,9 @@ def attention_masks(config):
       cross  bool [refs, cond_tokens]: the tokens of c that the decoder of image k sees, which is c_0 ... c_k: just what the block that
              wrote c_k was allowed to see.
     """
-    block = torch.cat([torch.zeros(config.class_tokens), 1 + torch.arange(config.cond_tokens) // config.tokens_per_image])
-    ar = block[:, None] >= block[None, :] if config.refs > 1 else torch.ones(len(block), len(block), dtype=torch.bool)
+    place = torch.arange(-config.class_tokens, config.cond_tokens, device=device)
+    block = place.div(config.tokens_per_image, rounding_mode="floor").clamp_min(-1)  # -1: class, 0: mask, k: x_(k - 1)
+    ar = block[:, None] >= block[None, :] if config.refs > 1 else torch.ones(len(block), len(block), dtype=torch.bool, device=device)
     cross = ar[config.class_tokens :: config.tokens_per_image, config.class_tokens :]
     return ar, cross
 
@@ -166,6 +168,11 @@ class MLP(nn.Module):
         return F.dropout(self.fc2(x), self.dropout, self.training)
 
 
+def run_block(block, recompute, *inputs):
+    """block(*inputs); with `recompute` its activations are not kept for the backward pass but computed again there (gradient checkpointing)."""
+    return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+
+
 def layer_norm(width, affine=True):
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
 
@@ -191,7 +198,7 @@ class ARTransformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.grad_checkpointing = config, False
         self.class_embedding = nn.Embedding(config.num_classes, config.width)
         self.null_class = nn.Parameter(torch.empty(1, config.width))  # stands for the class where guidance drops it
         self.mask_tokens = nn.Parameter(torch.empty(1, 1 if config.refs == 1 else config.tokens_per_image, config.width))
@@ -214,9 +221,9 @@ class ARTransformer(nn.Module):
         x = self.norm_in(x + self.positions[:, : x.shape[1]])
         visible = None
         if cfg.refs > 1:  # refs = 1 is all visible: no mask is that mask, and the faster attention kernels take it
-            visible = attention_masks(cfg)[0][: x.shape[1], : x.shape[1]].to(x.device)
+            visible = attention_masks(cfg, x.device)[0][: x.shape[1], : x.shape[1]]
         for block in self.blocks:
-            x = block(x, visible)
+            x = run_block(block, self.grad_checkpointing, x, visible)
         return self.norm_out(x)[:, cfg.class_tokens :]
 
     def patchify(self, references):
@@ -262,7 +269,7 @@ class DiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.grad_checkpointing = config, False
         self.input_proj = nn.Linear(config.latent_channels, config.width)
         self.positions = nn.Parameter(torch.empty(1, config.latent_size**2, config.width))
         self.cond_proj = nn.Linear(config.width, config.width)
@@ -287,7 +294,7 @@ class DiT(nn.Module):
             mask = mask.repeat_interleave(n, dim=0)
         x = self.input_proj(x.flatten(2).transpose(1, 2)) + self.positions
         for block, (keys, values) in zip(self.blocks, keys_values):
-            x = block(x, modulation, keys, values, mask)
+            x = run_block(block, self.grad_checkpointing, x, modulation, keys, values, mask)
         shift, scale = (self.scale_shift_table + temb[:, None])[:, :, None].unbind(1)
         x = self.output_proj(self.norm_out(x) * (1 + scale) + shift)
         return x.transpose(1, 2).reshape(shape)
@@ -303,14 +310,14 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
         x <- x + s1 d dt + s2 sqrt(w |dt|) n    for t on linspace(1, 0.04, steps), and a last step from 0.04 to 0 by drift alone.
     The paper writes sigma^2 in the drift but sqrt(sigma) in the noise; the release, and we, use w and sqrt(w). Its last step has neither s1 nor noise.
 
-    velocity(x, t) -> like x, t a 0-d tensor in [0, 1]; called `steps` times. noise_sampler(x) -> like x, called `steps` - 1 times.
+    velocity(x, t) -> like x, t a 0-d tensor in [0, 1], on the CPU, so that looking at it stops no GPU; called `steps` times. noise_sampler(x) -> like x, called `steps` - 1 times.
     x [...] standard normal. steps = 1 goes from 1 to 0 at once.
     """
     noise_sampler = noise_sampler or torch.randn_like
     times = torch.linspace(1.0, 0.04, steps, dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:] + [0.0]):
         dt, w = t_next - t, 2 * t
-        v = velocity(x, torch.full((), t, dtype=torch.float32, device=x.device))
+        v = velocity(x, torch.tensor(t))
         score = -(x + (1 - t) * v) / t
         drift = v - 0.5 * w * score
         if t_next == 0.0:
@@ -318,7 +325,26 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
         x = x + s1 * drift * dt + s2 * math.sqrt(w * -dt) * noise_sampler(x)
 
 
+def adams_bashforth(velocity, x, steps=25):
+    """Integrate the flow dx/dt = v (Eq. 3) from noise at t = 1 to an image at t = 0 without noise: not in the paper; for few steps.
+
+    The two-step method of Adams and Bashforth, second order at one evaluation a step: x <- x + dt (3 v - v_before) / 2; the first step is Euler's.
+    velocity as for euler_maruyama; x [...] standard normal.
+    """
+    before = None
+    for i in range(steps):
+        v = velocity(x, torch.tensor(1 - i / steps))
+        x = x - (v if before is None else 1.5 * v - 0.5 * before) / steps
+        before = v
+    return x
+
+
 # ---------------------------------------------------------------------------------------------- TransDiff
+
+
+def t_of(normal, distribution="logit-normal"):
+    """Standard normal draws -> t in [0, 1]: "logit-normal", sigmoid(N(0, 1)), the release's choice, or "uniform", Eq. 5's."""
+    return normal.sigmoid() if distribution == "logit-normal" else torch.special.ndtr(normal)
 
 
 class TransDiff(nn.Module):
@@ -360,32 +386,35 @@ class TransDiff(nn.Module):
         """x [B, C, H, W] = x_t, t [B] in [0, 1] (1 = noise), c [B, K, width] -> velocity [B, C, H, W] (psi of Eq. 3)."""
         return self.decoder(x, t, self.decoder.keys_values(c))
 
-    def loss(self, latents, labels, t=None, noise=None, repeats=1, t_distribution="logit-normal"):
+    def loss(self, latents, labels, t=None, noise=None, repeats=1, t_distribution="logit-normal", dropped=None):
         """Rectified-flow loss over every image of the chain (Eq. 8): mean of |(eps - x) - velocity(x_t, t, c)|^2, a scalar.
 
         latents [B, refs, C, H, W]: a chain of real images of one class, scaled to unit variance; labels [B].
-        Each image is decoded `repeats` times, for as many draws of (t, eps), from one computation of c. t ~ sigmoid(N(0, 1)),
-        the release's choice, or t_distribution="uniform" (Eq. 5). Given t [B] and noise [B, C, H, W], every image of a chain uses them.
+        Each image is decoded `repeats` times, for as many draws of (t, eps), from one computation of c. t ~ sigmoid(N(0, 1)), the release's choice, or
+        t_distribution="uniform" (Eq. 5). What is random can be given instead: t [B, M] and noise [B, M, C, H, W], M = refs repeats, the draws of image 0
+        first, or t [B] and noise [B, C, H, W], which every image of a chain then uses; dropped bool [B]: chains that get the null class.
         """
         cfg, (B, R) = self.config, latents.shape[:2]
-        if self.training and cfg.label_dropout:
+        if dropped is None and self.training and cfg.label_dropout:
             dropped = torch.rand(B, device=labels.device) < cfg.label_dropout
+        if dropped is not None:
             labels = torch.where(dropped, cfg.num_classes, labels)
         if R == 1 and cfg.num_classes < B and not (self.training and cfg.dropout):
             # without references c is a function of the class alone: encode each class once, then give every image its class's keys and values
             c = self.encode(torch.arange(cfg.num_classes + 1, device=labels.device))
-            keys_values = [(k[labels], v[labels]) for k, v in self.decoder.keys_values(c)]
+            keys_values = [(k.index_select(0, labels), v.index_select(0, labels)) for k, v in self.decoder.keys_values(c)]
         else:
             c = self.encode(labels, latents[:, :-1])  # teacher forcing: the references are real images
             keys_values = self.decoder.keys_values(c)
-        cross = attention_masks(cfg)[1].to(c.device).repeat_interleave(repeats, dim=0) if cfg.refs > 1 else None  # [refs repeats, cond_tokens]
 
-        x = latents.repeat_interleave(repeats, dim=1)  # [B, M, C, H, W], M = refs repeats
         if t is None:
-            t = torch.rand(x.shape[:2], device=x.device) if t_distribution == "uniform" else torch.randn(x.shape[:2], device=x.device).sigmoid()
-        else:
-            t = t[:, None].expand(x.shape[:2])
-        eps = torch.randn_like(x) if noise is None else noise[:, None].expand_as(x)
+            t = t_of(torch.randn(B, R * repeats, device=latents.device), t_distribution)
+        elif t.ndim == 1:
+            t, noise = t[:, None].expand(-1, R), noise[:, None].expand_as(latents)
+        M = t.shape[1]
+        x = latents.repeat_interleave(M // R, dim=1)  # [B, M, C, H, W]
+        eps = torch.randn_like(x) if noise is None else noise
+        cross = attention_masks(cfg, c.device)[1].repeat_interleave(M // R, dim=0) if R > 1 else None  # [M, cond_tokens]
         x_t = (1 - t[..., None, None, None]) * x + t[..., None, None, None] * eps  # Eq. 4
         v = self.decoder(x_t.flatten(0, 1), t.flatten(), keys_values, cross).view_as(x)
         return (v.float() - (eps - x)).square().mean()  # Eq. 5
@@ -393,25 +422,31 @@ class TransDiff(nn.Module):
     forward = loss  # DistributedDataParallel wraps forward
 
     @torch.no_grad()
-    def decode(self, c, noise, c_null=None, steps=100, cfg=1.0, s1=1.0, s2=1.0, noise_sampler=None):
+    def decode(self, c, noise, c_null=None, steps=100, cfg=1.0, s1=1.0, s2=1.0, noise_sampler=None, sampler="euler-maruyama", cfg_interval=(0.0, 1.0)):
         """Diff(c, eps) of Eq. 7: an image for each c [B, K, width] and noise [B, C, H, W] -> latents [B, C, H, W].
 
         cfg is the guidance scale; 1 = none, and then one evaluation a step instead of two. Else c_null [B, K, width] is the condition of the
-        null class. K may be any part of the chain's cond_tokens: the decoder takes what it is given.
+        null class, and t in cfg_interval is guided, t elsewhere not (Kynkaanniemi et al. 2024). K may be any part of the chain's cond_tokens: the
+        decoder takes what it is given. sampler "euler-maruyama" is the paper's; "adams-bashforth" has no noise, and no use for s1, s2.
         """
+        B, (lo, hi) = len(c), cfg_interval
         keys_values = self.decoder.keys_values(c if cfg == 1 else torch.cat([c, c_null]))
+        conditional = [(k[:B], v[:B]) for k, v in keys_values]
 
         def velocity(x, t):
-            if cfg == 1:
-                return self.decoder(x, t[None], keys_values).float()
+            guided, t = cfg != 1 and lo <= t <= hi, torch.full((1,), t.item(), device=x.device)
+            if not guided:
+                return self.decoder(x, t, conditional).to(torch.float32, copy=True)
             # the drift x + (2 - t) v is affine in v, so mixing velocities is mixing drifts: d_null + cfg (d - d_null)
-            v, v_null = self.decoder(torch.cat([x, x]), t[None], keys_values).float().chunk(2)
+            v, v_null = self.decoder(torch.cat([x, x]), t, keys_values).float().chunk(2)
             return v_null + cfg * (v - v_null)
 
+        if sampler == "adams-bashforth":
+            return adams_bashforth(velocity, noise, steps)
         return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
 
     @torch.no_grad()
-    def sample(self, labels, refs=None, steps=100, cfg=1.0, s1=1.0, s2=1.0, noise=None, noise_sampler=None, fresh_noise=False):
+    def sample(self, labels, refs=None, steps=100, cfg=1.0, s1=1.0, s2=1.0, noise=None, noise_sampler=None, fresh_noise=False, sampler="euler-maruyama", cfg_interval=(0.0, 1.0)):
         """Algorithms 1 and 2: draw the chain image by image -> latents [B, refs, C, H, W]; the last image is the result.
 
         labels [B]; refs <= config.refs stops the chain early. What is fed back as x_k is the image's latent (Eq. 11), not c_k
@@ -431,7 +466,7 @@ class TransDiff(nn.Module):
             c = self.encode(labels, chain)
             c_null = self.encode(torch.full_like(labels, self.config.num_classes), chain) if cfg != 1 else None
             start = noise_sampler(noise) if fresh_noise and k else noise
-            x = self.decode(c, start, c_null, steps, cfg, s1, s2, noise_sampler)
+            x = self.decode(c, start, c_null, steps, cfg, s1, s2, noise_sampler, sampler, cfg_interval)
             chain = torch.cat([chain, x[:, None]], dim=1)
         return chain
 

@@ -12,6 +12,8 @@ import dataclasses
 import datetime
 import math
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -21,9 +23,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import SIZES, TransDiff, load_file, load_state, sampling_settings, warm_start
+from model import SIZES, TransDiff, load_file, load_state, sampling_settings, t_of, warm_start
 from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, digest, encode_source, load_vae, open_source
-from vae import pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, write_whole
+from vae import pick_device, pick_dtype, pixels, positive, posterior, run, save_grid, seed_of, write_whole
 
 # Defaults of the flags of the same names. A recipe's warmup of 1/8 of 800 epochs is the paper's 100 epochs, and so on.
 COMMON = dict(weight_decay=0.02, clip=3.0, t="logit-normal", seed=0, accumulate=1, log_every=50, workers=0)
@@ -48,11 +50,12 @@ def recipe_name(size, refs, only_decoder):
 
 
 class Chains(torch.utils.data.IterableDataset):
-    """Batches of chains, `refs` images of one class each, from step `start` on: (latents [b, refs, C, h, w], labels [b]).
+    """Batches of chains, `refs` images of one class each, from step `start` on: (moments float16 [b, refs, 2 C, h, w], labels [b]).
 
     An epoch is every image once, as a member of one chain; images and chains are drawn afresh every epoch, and what is left of a class when
     its chains are full sits that epoch out. Epochs follow each other without a seam: step s takes chains [s B, (s + 1) B) of that endless
-    order, of which this rank takes its even share. Everything random is a function of (seed, epoch or step, rank), so any step can be had again.
+    order, of which this rank takes its even share. Everything random is a function of (seed, epoch or step), so any step can be had again, by any
+    number of processes.
     """
 
     def __init__(self, cache, refs, batch_size, seed, start=0, rank=0, world=1):
@@ -81,16 +84,18 @@ class Chains(torch.utils.data.IterableDataset):
         self.epoch, self.order = epoch, images.reshape(-1, self.refs)
         return self.order
 
-    def batch(self, step):
+    def indices(self, step):
+        """Images [b, refs] of this rank's share of a step."""
         share = self.batch_size // self.world
         first = step * self.batch_size + self.rank * share
-        picks = [self.epoch_order(p // self.chains)[p % self.chains] for p in range(first, first + share)]
-        indices = np.stack(picks)
-        rng = np.random.default_rng((self.seed, step, self.rank))
-        flips = rng.integers(0, 2, indices.size)
-        noise = rng.standard_normal((indices.size, *self.cache.latent_shape), dtype=np.float32)
-        latents = self.cache.latents(indices.ravel(), flips, torch.from_numpy(noise))
-        return latents.unflatten(0, indices.shape), torch.from_numpy(self.cache.labels[indices[:, 0]])
+        epochs, places = np.divmod(np.arange(first, first + share), self.chains)
+        return np.concatenate([self.epoch_order(e)[places[epochs == e]] for e in np.unique(epochs)])
+
+    def batch(self, step):
+        indices = self.indices(step)
+        flips = np.random.default_rng((self.seed, step)).integers(0, 2, (self.batch_size, self.refs), dtype=np.uint8)
+        flips = flips[self.rank * len(indices) : (self.rank + 1) * len(indices)]
+        return torch.from_numpy(self.cache.moments[indices, flips]), torch.from_numpy(self.cache.labels[indices[:, 0]])
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -98,6 +103,22 @@ class Chains(torch.utils.data.IterableDataset):
         while True:  # a DataLoader takes from its workers in turn, so the steps come out in order
             yield self.batch(step)
             step += stride
+
+
+def draw(config, repeats, t_distribution, seeds, device):
+    """What is random about each chain, a function of its seed alone, so that it does not matter how a batch is split.
+
+    Returns dropped bool [b], t [b, M], eps [b, M, C, h, w], M = refs repeats, and the posterior's noise [b, refs, C, h, w].
+    """
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    M, size = config.refs * repeats, math.prod(shape)
+    parts = [1, M, M * size, config.refs * size]
+    normal, generator = torch.empty(len(seeds), sum(parts), device=device), torch.Generator(device)
+    for row, seed in zip(normal, seeds):
+        row.normal_(generator=generator.manual_seed(seed))
+    dropped, t, eps, noise = normal.split(parts, dim=1)
+    dropped = torch.special.ndtr(dropped[:, 0]) < config.label_dropout
+    return dropped, t_of(t, t_distribution), eps.unflatten(1, (M, *shape)), noise.unflatten(1, (config.refs, *shape))
 
 
 def latent_cache(args, device, rank):
@@ -157,6 +178,27 @@ def update_average(averaged, model, decay):
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
 
+def compiled(model, batch):
+    """torch.compile(model), tried on a batch; where that fails (no C++ compiler, say), a line to say so and the model as it is."""
+    fast = torch.compile(model)
+    try:
+        fast(**batch).backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # of a dozen types, by the place where it fails
+        print(f"train.py: warning: torch.compile failed, so training is slower; --no-compile does without ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]})", file=sys.stderr)
+        fast = model
+    model.zero_grad(set_to_none=True)
+    return fast
+
+
+@torch.no_grad()
+def not_finite(model, batch, indices):
+    """The images, of the chains [b, refs] of a batch, whose chain's own loss is not finite."""
+    losses = [model(**{k: v[i : i + 1] for k, v in batch.items()}) for i in range(len(indices))]
+    return [image for row, loss in zip(indices.tolist(), losses) if not loss.isfinite() for image in row]
+
+
 LOG = ["step", "epoch", "loss", "grad_norm", "lr", "images_per_second"]
 
 
@@ -176,7 +218,6 @@ def train(args, refs=1):
             torch.cuda.set_device(device)
         # the other ranks wait for rank 0 to encode images and to draw pictures
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
-    dtype = pick_dtype(args.dtype, device)
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
     out, log = Path(args.out), (print if rank == 0 else lambda *_: None)
     if (out / "last.pt").exists() and not args.resume:
@@ -197,6 +238,8 @@ def train(args, refs=1):
     for flag, value in recipe.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
+    dtype = pick_dtype(args.dtype, device)
+    args.dtype = "bf16" if dtype == torch.bfloat16 else "fp32"  # a resumed run keeps it
     args.data = args.data or (str(DEMO_DATA) if args.size == "XS" else "latents")
     args.vae = args.vae or (str(DEMO_VAE) if args.size == "XS" else None)
     if args.only_decoder and not (args.init or args.resume):
@@ -238,9 +281,18 @@ def train(args, refs=1):
     chains = Chains(cache, refs, args.batch_size, args.seed, step, rank, world)
     per_epoch = chains.chains / args.batch_size
     args.steps = args.steps or math.ceil(args.epochs * per_epoch)
-    loader = iter(torch.utils.data.DataLoader(chains, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
-    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
-    forward = torch.compile(wrapped) if (device.type == "cuda" if args.compile is None else args.compile) else wrapped
+    model.train()
+    model.ar.grad_checkpointing = model.decoder.grad_checkpointing = bool(args.grad_checkpointing)
+    share, micro = args.batch_size // world, args.batch_size // world // args.accumulate
+    seeds = lambda step: range(seed_of(args.seed, step) + rank * share, seed_of(args.seed, step) + (rank + 1) * share)  # noqa: E731, of this rank's chains
+    forward = model
+    if device.type == "cuda" if args.compile is None else args.compile:
+        dropped, t, eps, noise = draw(config, args.repeats, args.t, range(micro), device)
+        with autocast(device, dtype):
+            forward = compiled(model, dict(latents=noise, labels=torch.zeros(micro, dtype=torch.int64, device=device), t=t, noise=eps, dropped=dropped))
+    if world > 1:
+        forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        control = dist.new_group(backend="gloo")  # what the processes tell each other beside gradients, without waiting for a GPU
     count = sum(p.numel() for p in model.parameters())
     log(
         f"TransDiff-{args.name}: {count:,} parameters on {world} x {device.type} in {str(dtype)[6:]}; {len(cache):,} images of {len(cache.classes)} classes, "
@@ -258,40 +310,51 @@ def train(args, refs=1):
         for name in ["ema.pt"] + ([f"ema-{step:07d}.pt"] if keep else []):
             write_whole(out / name, lambda f: torch.save(dict(info, model=weights), f))
 
-    # train
-    model.train()
+    stop = []  # SIGTERM or Ctrl-C: finish the step, save, leave; a second one leaves at once
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    loader = iter(torch.utils.data.DataLoader(chains, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
     if rank == 0:
         start_log(out / "log.csv", step)
     window, window_loss, started = 0, torch.zeros((), device=device), time.time()
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0, desc=f"{args.name}")
     while step < args.steps:
-        torch.manual_seed(seed_of(args.seed, step, rank))  # of label dropout, t, noise and dropout: a resumed run draws what it would have drawn
-        latents, labels = (x.to(device, non_blocking=True) for x in next(loader))
+        torch.manual_seed(seed_of(args.seed, step, 1 + rank))  # of dropout; a resumed run draws what it would have drawn
+        moments, labels = (x.to(device, non_blocking=True) for x in next(loader))
+        dropped, t, eps, noise = draw(config, args.repeats, args.t, seeds(step), device)
+        batch = dict(latents=posterior(moments, noise) * cache.scale, labels=labels, t=t, noise=eps, dropped=dropped)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        for i, (z, y) in enumerate(zip(latents.chunk(args.accumulate), labels.chunk(args.accumulate))):
+        for i in range(args.accumulate):
             if world > 1:
-                wrapped.require_backward_grad_sync = i == args.accumulate - 1
+                forward.require_backward_grad_sync = i == args.accumulate - 1
             with autocast(device, dtype):
-                loss = forward(z, y, repeats=args.repeats, t_distribution=args.t)
+                loss = forward(**{k: v[i * micro : (i + 1) * micro] for k, v in batch.items()})
             (loss / args.accumulate).backward()
             window_loss += loss.detach() / args.accumulate
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.clip)
+        if not math.isfinite(norm):  # before the optimiser touches the weights
+            with autocast(device, dtype):
+                bad = not_finite(model, batch, chains.indices(step))
+            what, images = ("loss", bad) if bad else ("gradient", chains.indices(step).ravel().tolist())
+            shown = ", ".join(map(str, images[:16])) + (f" and {len(images) - 16} more" if len(images) > 16 else "")
+            raise ValueError(f"the {what} of step {step + 1} is not finite, of images {shown} in {cache.path}; --resume goes on from the last checkpoint, with a smaller --lr perhaps")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_average(averaged, model, min(args.ema, (1 + step) / (10 + step)))  # short of history the average follows the weights
         step, window = step + 1, window + 1
         bar.update()
 
+        stopping = torch.tensor(float(bool(stop)))
+        if world > 1:
+            dist.all_reduce(stopping, dist.ReduceOp.MAX, group=control)  # all leave after the same step
         done, keep = step == args.steps, bool(args.keep_every) and step % args.keep_every == 0
-        saving = done or keep or step % args.save_every == 0
+        saving = done or keep or stopping or step % args.save_every == 0
         if saving or step % args.log_every == 0:
             mean = window_loss / window
             if world > 1:
                 dist.all_reduce(mean)
                 mean /= world
-            if not math.isfinite(mean + norm):  # before anything is written: the last checkpoint stays good
-                raise ValueError(f"the loss is {mean.item()}, its gradient {norm.item()} at step {step}: not saved; --resume goes back to the last checkpoint, a smaller --lr may help")
             rate = window * args.batch_size * refs / (time.time() - started)
             if rank == 0:
                 row = [step, f"{step / per_epoch:.3f}", f"{mean.item():.5f}", f"{norm.item():.4f}", f"{learning_rate(step - 1, args):.3e}", f"{rate:.1f}"]
@@ -302,6 +365,12 @@ def train(args, refs=1):
             window_loss.zero_()
         if saving:
             save(keep)
+        if stopping and not done:
+            bar.close()
+            log(f"stopped at step {step}; {out}/last.pt is saved, --resume goes on with it")
+            if world > 1:
+                dist.destroy_process_group()
+            sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
         picture = args.sample_every and (done or step % args.sample_every == 0)
         if picture and rank == 0:
             tqdm.write(draw_samples(averaged, cache, args, device, dtype, out / f"samples-{step:07d}.png"))
@@ -344,6 +413,7 @@ def make_parser(doc, out, recipes):
     add("--workers", type=int, help="processes that read latents; 0 reads in this one, 2 or more keep a GPU busy")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast; weights stay float32 (default: bf16 where the hardware has it)")
+    add("--grad-checkpointing", action="store_true", default=None, help="compute activations twice instead of keeping them: about a third slower, for H on small GPUs")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
 

@@ -421,14 +421,11 @@ class LatentCache:
     def __len__(self):
         return len(self.labels)
 
-    def latents(self, indices, flips, noise):
-        """Scaled posterior samples (mean + std * noise) * scale of images `indices` [n], mirrored where `flips` [n]: float32 [n, z, h, w].
 
-        noise [n, z, h, w] standard normal.
-        """
-        moments = torch.from_numpy(self.moments[indices, flips]).float()
-        mean, logvar = moments.chunk(2, dim=1)
-        return (mean + (0.5 * logvar).exp() * noise) * self.scale
+def posterior(moments, noise):
+    """Sample of the autoencoder's posterior, mean + std * noise: moments [..., 2 z, h, w] of any float type, noise [..., z, h, w] standard normal."""
+    mean, logvar = moments.float().chunk(2, dim=-3)
+    return mean + (0.5 * logvar).exp() * noise
 
 
 # ---------------------------------------------------------------------------------------------- shared by every script
@@ -513,6 +510,11 @@ def run(main):
     """Run main(); an expected error (bad input, a full disk) becomes one line on stderr and exit status 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        print(f"{Path(sys.argv[0]).name}: the GPU's memory is full; a smaller --batch-size, or --accumulate N in training, needs less", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as e:
         line = str(e).strip().splitlines()[-1].removeprefix("ValueError: ")  # what a loader's worker raises comes wrapped in its traceback
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)

@@ -1,5 +1,8 @@
 """Stages 1 and 2: the order of the data, the recipe, resume, and the commands as a user runs them."""
 import csv
+import re
+import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -13,20 +16,19 @@ from train import RECIPES, Chains, learning_rate, make_optimizer, update_average
 
 
 def fake_cache(counts, seed=0):
-    """A cache whose latents tell their image (channel 0) and whether they are the mirror image (channel 1)."""
+    """A cache whose moments tell their image (channel 0) and whether they are the mirror image (channel 1)."""
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
 
     class Cache:
-        classes, latent_shape = [f"class {i}" for i in range(len(counts))], (2, 1, 1)
+        classes, moments = [f"class {i}" for i in range(len(counts))], np.empty((len(labels), 2, 2, 1, 1), np.float16)
 
         def __len__(self):
             return len(labels)
 
-        def latents(self, indices, flips, noise):
-            return torch.tensor(np.stack([indices, flips], 1)).float()[..., None, None]
-
     cache = Cache()
     cache.labels = labels
+    cache.moments[:, :, 0, 0, 0] = np.arange(len(labels))[:, None]
+    cache.moments[:, :, 1, 0, 0] = [0, 1]
     return cache
 
 
@@ -34,8 +36,8 @@ def epochs(chains, n):
     """Image indices [chains, refs] of each of n epochs, read from the batches."""
     stream, seen = iter(chains), []
     while len(seen) < n * chains.chains:
-        latents, labels = next(stream)
-        images = latents[:, :, 0, 0, 0].long().numpy()
+        moments, labels = next(stream)
+        images = moments[:, :, 0, 0, 0].long().numpy()
         assert (chains.cache.labels[images] == labels[:, None].numpy()).all(), "a chain is of one class, the label's"
         seen += list(images)
     return [np.stack(seen[i * chains.chains : (i + 1) * chains.chains]) for i in range(n)]
@@ -70,8 +72,7 @@ def test_ranks_share_one_order_and_any_step_can_be_had_again():
     whole = Chains(cache, 1, 6, seed=1)
     parts = [Chains(cache, 1, 6, seed=1, rank=r, world=3) for r in range(3)]
     for step in (0, 3, 4, 50):  # 24 images, 6 a batch: step 4 begins the second epoch
-        together = torch.cat([p.batch(step)[0][:, :, 0] for p in parts])
-        assert torch.equal(together, whole.batch(step)[0][:, :, 0])
+        assert torch.equal(torch.cat([p.batch(step)[0] for p in parts]), whole.batch(step)[0])  # mirrored alike, too
     late = iter(Chains(cache, 1, 6, seed=1, start=3))
     assert torch.equal(next(late)[0], whole.batch(3)[0])
     loader = torch.utils.data.DataLoader(whole, batch_size=None, num_workers=2)
@@ -137,6 +138,39 @@ train.main()
 """
 
 
+# In the middle of a step: the loss of its second micro-batch never comes back.
+KILL_IN_THE_SEVENTH_MICRO_BATCH = """
+import os, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import train
+from model import TransDiff
+loss, calls = TransDiff.loss, iter(range(99))
+def forward(*args, **kwargs):
+    if next(calls) == 6 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    return loss(*args, **kwargs)
+TransDiff.forward = forward
+train.main()
+"""
+
+SIGNAL_IN_THE_THIRD_STEP = """
+import os, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import train
+from model import TransDiff
+loss, calls = TransDiff.loss, iter(range(99))
+def forward(*args, **kwargs):
+    if next(calls) == 2 and os.environ.get("RANK", "0") == "0":  # the other rank hears of it from this one
+        os.kill(os.getpid(), {number})
+    return loss(*args, **kwargs)
+TransDiff.forward = forward
+from vae import run
+run(train.main)
+"""
+
+
 def weights(path):
     return {k: v for k, v in load_file(path)["model"].items()}
 
@@ -188,34 +222,50 @@ def test_killed_and_resumed_is_never_stopped(project, command):
     assert "killed/last.pt is of another run: refs 1 there, 4 here" in err
 
 
-WITHOUT_RANDOMNESS = """
-import os, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import torch, train
-from model import TransDiff
-from vae import LatentCache
-loss, latents = TransDiff.loss, LatentCache.latents
-TransDiff.forward = lambda self, z, y, **k: loss(self.eval(), z, y, t=torch.full((len(y),), 0.5), noise=torch.ones_like(z[:, 0]))
-LatentCache.latents = lambda self, i, flips, noise: latents(self, i, 0 * flips, 0 * noise)
-train.main()
-"""
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
 
 
-def test_the_loss_is_the_mean_over_the_batch_however_it_is_split(project, command):
-    """1 process, accumulation, 2 processes under torchrun with gloo, and both: the same weights, but for the order of the sums."""
-    (project / "fixed.py").write_text(WITHOUT_RANDOMNESS)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "fixed.py")
+def test_a_run_is_the_same_however_its_batches_are_split(project, command):
+    """1 process, accumulation, 2 processes under torchrun with gloo, and both: the same losses and gradients, but for the order of the sums."""
     results = {}
-    for name, launcher, flags in (("one", (sys.executable, "fixed.py"), ""), ("micro", (sys.executable, "fixed.py"), "--accumulate 4"), ("ranks", torchrun, ""), ("both", torchrun, "--accumulate 2")):
+    for name, launcher, flags in (("one", None, ""), ("micro", None, "--accumulate 4"), ("ranks", TORCHRUN, ""), ("both", TORCHRUN, "--accumulate 2")):
         out, _ = command(f"train.py {SHORT} --steps 3 --dtype fp32 --device cpu --out {name} {flags}", launcher=launcher, env={"OMP_NUM_THREADS": "1"})
         results[name] = load_file(project / name / "last.pt")
-        assert ("2 x cpu" in out) == (launcher == torchrun)
+        assert ("2 x cpu" in out) == (launcher == TORCHRUN)
     losses = {name: [row["loss"] for row in csv.DictReader(open(project / name / "log.csv"))] for name in results}
     for name in ("micro", "ranks", "both"):
         np.testing.assert_allclose(np.array(losses[name], float), np.array(losses["one"], float), atol=2e-4)
         for a, b in zip(results["one"]["optimizer"]["state"].values(), results[name]["optimizer"]["state"].values()):
             torch.testing.assert_close(b["exp_avg"], a["exp_avg"], atol=2e-5, rtol=2e-3)  # gradients: Adam's first steps are but their signs
+
+
+def test_two_processes_killed_and_resumed_by_two_and_by_one(project, command):
+    """Two go on bit for bit; one goes on with the same chains and draws, so the same losses to rounding. The kill is in the middle of an accumulation."""
+    flags, env = f"train.py {SHORT} --steps 4 --save-every 2 --dtype fp32 --device cpu --accumulate 2", {"OMP_NUM_THREADS": "1"}
+    command(f"{flags} --out whole", launcher=TORCHRUN, env=env)
+    (project / "stop.py").write_text(KILL_IN_THE_SEVENTH_MICRO_BATCH)
+    command(f"{flags} --out killed", expect=1, launcher=(*TORCHRUN, "stop.py"), env=env)
+    assert load_file(project / "killed" / "last.pt")["step"] == 2
+    shutil.copytree(project / "killed", project / "alone")
+    command("train.py --resume --out killed", launcher=TORCHRUN, env=env)
+    command("train.py --resume --out alone", env=env)
+    whole, killed, alone = (load_file(project / d / "last.pt") for d in ("whole", "killed", "alone"))
+    assert all(torch.equal(killed["model"][k], v) for k, v in whole["model"].items())
+    losses = [[float(row["loss"]) for row in csv.DictReader(open(project / d / "log.csv"))] for d in ("whole", "alone")]
+    np.testing.assert_allclose(*losses, atol=2e-4)
+    assert len(losses[0]) == 4
+
+
+@pytest.mark.parametrize("number,world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_polite_signal_saves_first(project, command, number, world):
+    """Stopped in its third step, of 10,000: it says so, and --resume goes on to what the run would have been."""
+    (project / "stop.py").write_text(SIGNAL_IN_THE_THIRD_STEP.format(number=int(number)))
+    launcher = (*(TORCHRUN if world == 2 else (sys.executable,)), "stop.py")
+    out, err = command(f"train.py {SHORT} --steps 10000 --out stopped", expect=128 + number if world == 1 else 1, launcher=launcher)
+    assert "stopped at step 3; stopped/last.pt is saved" in out and "Traceback" not in err.split("torch/distributed")[0]
+    assert load_file(project / "stopped" / "last.pt")["step"] == 3
+    if world == 1:
+        command("train.py --resume --out stopped --steps 4 --warmup 1 --cooldown 0")
 
 
 def test_a_batch_that_does_not_divide(project, command):
@@ -252,7 +302,7 @@ def test_another_data_set_or_vae_is_encoded_anew(project, command, garments):
 
 def test_a_loss_that_is_not_finite_is_not_saved(project, command):
     _, err = command(f"train.py {SHORT.replace('--log-every 1', '--log-every 50')} --steps 9 --lr 1e30 --warmup 0 --save-every 1", expect=2)
-    assert "not saved; --resume goes back" in err
+    assert re.search(r"the (loss|gradient) of step \d+ is not finite, of images [\d, ]+ in runs/latents-s-32-\w+; --resume goes on", err)
     kept = load_file(project / "runs" / "train" / "last.pt")
     assert kept["step"] < 9 and all(torch.isfinite(v).all() for v in kept["model"].values())
 
