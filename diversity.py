@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO_MODEL, pick_device, run, seed_of, write_whole
+from vae import DEMO_MODEL, pick_device, positive, run, seed_of, whole, write_whole
 
 
 def similarity(features):
@@ -91,8 +91,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", nargs="+", default=[str(DEMO_MODEL)], help="checkpoints, e.g. those that train.py --keep-every kept (default: the bundled model)")
-    add("--seeds", type=int, default=4, help="chains drawn for each class, MRAR only (default: 4)")
-    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--seeds", type=positive, default=4, help="chains drawn for each class, MRAR only (default: 4)")
+    add("--seed", type=whole, default=0, help="(default: 0)")
     add("--released", action="store_true", help="the release's definition: mean of S, diagonal included, no absolute value")
     add("--per-class", action="store_true", help="a row for each class too")
     add("--heatmap", metavar="CLASS", help="write S of this class (index or name) to --out")
@@ -100,12 +100,10 @@ def main():
     add("--csv", help="also write the table to this file")
     add("--fid", metavar="REF", help="also measure the samples' distance to this reference, by sample.py and fid.py")
     add("--net", help="with --fid: the feature network (default: fid.py's)")
-    add("--num", type=int, default=1000, help="with --fid: samples a checkpoint (default: 1000)")
-    add("--batch-size", type=int, default=64, help="chains drawn at once (default: 64)")
+    add("--num", type=positive, default=1000, help="with --fid: samples a checkpoint (default: 1000)")
+    add("--batch-size", type=positive, default=64, help="chains drawn at once (default: 64)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     args = parser.parse_args()
-    if args.seeds < 1 or args.batch_size < 1:
-        raise ValueError("--seeds and --batch-size must be at least 1")
     args.device = pick_device(args.device)
 
     rows = []

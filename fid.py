@@ -28,7 +28,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from vae import DEMO_DATA, ImageFolder, center_crop, fetch, open_source, pick_device, run, to_rgb, write_whole
+from vae import DEMO_DATA, ImageFolder, center_crop, fetch, open_source, pick_device, positive, run, to_rgb, whole, write_whole
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
@@ -367,8 +367,6 @@ def train_net(path, data, steps, seed, device, batch_size=128, lr=4e-3):
 def evaluate(args):
     if not args.samples or not (args.ref or args.save_stats):
         raise ValueError("give --samples and --ref (or --save-stats to write the samples' statistics), or --train-net")
-    if args.batch_size < 1 or args.image_size is not None and args.image_size < 1:
-        raise ValueError("--batch-size and --image-size must be at least 1")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise ValueError(f"--save-stats {args.save_stats}: must end in .npz")
     samples, reference = find_images(args.samples), find_images(args.ref) if args.ref else None
@@ -455,18 +453,18 @@ def main():
     add("--net", metavar="FILE", help="feature network, TorchScript, of --train-net or any with the same call (default: NVIDIA's Inception, fetched once to torch's hub folder)")
     add("--json", metavar="FILE", help="also write the numbers there: fid, inception_score, inception_score_std, precision, recall, accuracy")
     add("--save-stats", metavar="F.npz", help="write mean and covariance of the samples' features: a --ref for later")
-    add("--image-size", type=int, metavar="N", help="crop samples and reference to N x N (default: the samples as they are)")
-    add("--batch-size", type=int, default=64, help="images at once on each process (default: 64)")
+    add("--image-size", type=positive, metavar="N", help="crop samples and reference to N x N (default: the samples as they are)")
+    add("--batch-size", type=positive, default=64, help="images at once on each process (default: 64)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--train-net", metavar="FILE", help="train a small classifier on --data and write it there; nothing else is done")
     add("--data", metavar="SRC", help=f"of --train-net: folder of class folders, or .npz of images and labels (default: {DEMO_DATA})")
-    add("--steps", type=int, default=1000, help="of --train-net (default: 1000, two minutes on two cores)")
-    add("--seed", type=int, default=0, help="of --train-net (default: 0)")
+    add("--steps", type=positive, default=1000, help="of --train-net (default: 1000, two minutes on two cores)")
+    add("--seed", type=whole, default=0, help="of --train-net (default: 0)")
     args = parser.parse_args()
     if not args.train_net:
         return evaluate(args)
-    if args.samples or args.ref or args.steps < 1:
-        raise ValueError("--train-net takes --data, --steps (1 or more), --seed and --device, and no --samples or --ref")
+    if args.samples or args.ref:
+        raise ValueError("--train-net takes --data, --steps, --seed and --device, and no --samples or --ref")
     train_net(args.train_net, args.data or DEMO_DATA, args.steps, args.seed, pick_device(args.device))
 
 

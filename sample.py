@@ -22,7 +22,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO_MODEL, DEMO_VAE, autocast, digest, fetch, load_vae, pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, write_whole
+from vae import DEMO_MODEL, DEMO_VAE, autocast, compiled, digest, fetch, load_vae, number
+from vae import pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, whole, write_whole
 
 RELEASED = {  # --pretrained: folder of the authors' repository
     "B": "transdiff_b", "L": "transdiff_l", "H": "transdiff_h",
@@ -53,7 +54,12 @@ def class_indices(words, names, num_classes):
 def per_image_noise(seed, indices, device):
     """noise_sampler(x) whose row i is a function of (seed, indices[i]) alone, whatever else is in the batch."""
     generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in indices]
-    return lambda x: torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(device)
+
+    def noise_sampler(x):  # drawn on the CPU, so that every machine draws the same, while a GPU is still busy with the step before
+        noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
+        return noise.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else noise
+
+    return noise_sampler
 
 
 def draw(model, vae, labels, refs, args, device, dtype, batches=None):
@@ -61,7 +67,7 @@ def draw(model, vae, labels, refs, args, device, dtype, batches=None):
 
     Batches are cut by index, so what is in one depends on neither the number of processes nor what was drawn before.
     """
-    size, settings = args.batch_size, dict(steps=args.steps, cfg=args.cfg, s1=args.s1, s2=args.s2, fresh_noise=args.fresh_noise)
+    size = args.batch_size
     batches = range(-(-len(labels) // size)) if batches is None else batches
     total = sum(len(labels[b * size : (b + 1) * size]) for b in batches)
     with tqdm(total=total, unit="image", unit_scale=True, disable=int(os.environ.get("RANK", 0)) > 0) as bar:
@@ -74,12 +80,17 @@ def draw(model, vae, labels, refs, args, device, dtype, batches=None):
                 return randn(x)
 
             with torch.inference_mode(), autocast(device, dtype):
-                chain = model.sample(batch, refs, noise_sampler=noise_sampler, **settings)
+                chain = model.sample(batch, refs, noise_sampler=noise_sampler, fresh_noise=args.fresh_noise, **settings(args))
                 kept = chain if args.show_chain else chain[:, -1:]
                 images = pixels(vae, kept.flatten(0, 1)).reshape(*kept.shape[:2], model.config.latent_size * vae.factor, -1, 3)
             bar.n = sum(len(labels[i * size : (i + 1) * size]) for i in batches[: done + 1])
             bar.refresh()
             yield b * size, images
+
+
+def settings(args):
+    """Keyword arguments of TransDiff.decode and sample."""
+    return dict(steps=args.steps, cfg=args.cfg, s1=args.s1, s2=args.s2, sampler=args.sampler, cfg_interval=tuple(args.cfg_interval))
 
 
 def write_npz(model, vae, labels, refs, args, device, dtype, identity):
@@ -128,20 +139,19 @@ def decode_parts(model, vae, labels, refs, parts, args, device, dtype):
     labels: lists of N classes, e.g. [A ...] and [B ...]; c of each is that of the last image of a chain drawn for it. A part is a function of
     the list of those c [N, K, width] that returns the c to decode.
     """
-    N, settings = len(labels[0]), dict(steps=args.steps, cfg=args.cfg, s1=args.s1, s2=args.s2)
-    conditions, nulls = [], []
+    N, conditions, nulls = len(labels[0]), [], []
     with torch.inference_mode(), autocast(device, dtype):
         for y in labels:
             y = torch.tensor(y, device=device)
             randn = per_image_noise(args.seed, range(N), device)
-            chain = model.sample(y, refs - 1, noise_sampler=randn, **settings) if refs > 1 else None
+            chain = model.sample(y, refs - 1, noise_sampler=randn, **settings(args)) if refs > 1 else None
             conditions.append(model.encode(y, chain))
             nulls.append(model.encode(torch.full_like(y, model.config.num_classes), chain))
         images = []
         for part in tqdm(parts, unit="part"):
             randn = per_image_noise(args.seed, range(N), device)
             noise = randn(torch.empty(N, model.config.latent_channels, model.config.latent_size, model.config.latent_size))
-            images.append(pixels(vae, model.decode(part(conditions), noise, part(nulls), noise_sampler=randn, **settings)))
+            images.append(pixels(vae, model.decode(part(conditions), noise, part(nulls), noise_sampler=randn, **settings(args))))
     return np.stack(images)
 
 
@@ -162,11 +172,13 @@ def main():
     add("--fuse-half", choices=["first", "second"], default="first", help="the half that A gives, 128 of 256 features in the paper's sizes (default: first)")
     add("--features", type=counts, metavar="K,K,...", help="draw each image from its first K of 256 features (of fewer, the same share), side by side")
     add("--steps", type=positive, help="network evaluations an image (default: 25 for XS, 100 for the paper's sizes)")
-    add("--cfg", type=float, help="guidance scale, 1 = none (default: the published one of the model's size)")
-    add("--s1", type=float, help="scale of the drift, Eq. 18 (default: likewise)")
-    add("--s2", type=float, help="scale of the noise, Eq. 18 (default: likewise)")
+    add("--cfg", type=number(0), help="guidance scale, 1 = none (default: the published one of the model's size)")
+    add("--cfg-interval", type=number(0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="guide for t from LO to HI alone, 1 = noise; elsewhere one evaluation instead of two (default: 0 1)")
+    add("--s1", type=number(0), help="scale of the drift, Eq. 18 (default: likewise)")
+    add("--s2", type=number(0), help="scale of the noise, Eq. 18 (default: likewise)")
+    add("--sampler", choices=["euler-maruyama", "adams-bashforth"], default="euler-maruyama", help="the paper's, or one without noise (no s1, s2) for few steps (default: %(default)s)")
     add("--fresh-noise", action="store_true", help="start each image of a chain from noise of its own, not from the chain's one noise")
-    add("--seed", type=int, default=0, help="image i is a function of the seed and i (default: 0)")
+    add("--seed", type=whole, default=0, help="image i is a function of the seed and i (default: 0)")
     add("--batch-size", type=positive, default=64, help="images drawn at once (default: 64)")
     add("--ckpt", help=f"model: a run's ema.pt or last.pt, or a released file (default: {DEMO_MODEL})")
     add("--vae", help="VAE that made the model's latents (default: the one that the model names)")
@@ -174,6 +186,7 @@ def main():
     add("--out", default="runs/samples.png", help="F.png: a picture; F.npz: arr_0 uint8 [N, H, W, 3], arr_1 labels [N] (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of the arithmetic (default: bf16 where the hardware has it)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile and CUDA graphs; a minute before the first image (default: with --num on CUDA)")
     args = parser.parse_args()
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if args.pretrained and args.ckpt:
@@ -219,6 +232,15 @@ def main():
         raise ValueError(f"--num {args.num}: must be a multiple of the {len(classes)} classes, e.g. {-(-args.num // len(classes)) * len(classes)}")
     labels = classes * (args.num // len(classes)) if args.num else [k for k in classes for _ in range(args.n)]
 
+    if args.compile or args.compile is None and args.num and device.type == "cuda":
+
+        def trial(decoder):
+            model.decoder = decoder
+            with torch.inference_mode(), autocast(device, dtype):
+                model.sample(torch.tensor(labels[: args.batch_size], device=device), 1, **dict(settings(args), steps=1))
+
+        compiled(model.decoder, trial, mode="reduce-overhead")
+
     tokens = model.config.tokens_per_image * refs  # what an image of this place in the chain is decoded from
     if args.fuse:
         half, (a, b) = tokens // 2, (0, 1) if args.fuse_half == "first" else (1, 0)
@@ -234,8 +256,7 @@ def main():
     if args.fuse or args.features:
         save_grid(images.swapaxes(0, 1).reshape(-1, *images.shape[2:]), args.out, columns=len(images))
     elif args.out.endswith(".npz"):
-        settings = {k: getattr(args, k) for k in ("steps", "cfg", "s1", "s2", "fresh_noise", "seed", "batch_size")}
-        identity = dict(settings, refs=refs, labels=len(labels), classes=classes, model=[ckpt.name, ckpt.stat().st_size, ckpt.stat().st_mtime_ns], vae=vae.digest, dtype=str(dtype))
+        identity = dict(settings(args), cfg_interval=list(args.cfg_interval), fresh_noise=args.fresh_noise, seed=args.seed, batch_size=args.batch_size, refs=refs, labels=len(labels), classes=classes, model=[ckpt.name, ckpt.stat().st_size, ckpt.stat().st_mtime_ns], vae=vae.digest, dtype=str(dtype))
         write_npz(model, vae, labels, refs, args, device, dtype, identity)
     else:
         chains = np.concatenate([images for _, images in draw(model, vae, labels, refs, args, device, dtype)])

@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import SIZES, TransDiff, load_file, load_state, sampling_settings, t_of, warm_start
-from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, digest, encode_source, load_vae, open_source
-from vae import pick_device, pick_dtype, pixels, positive, posterior, run, save_grid, seed_of, write_whole
+from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, compiled, digest, encode_source, load_vae, number, open_source
+from vae import pick_device, pick_dtype, pixels, positive, posterior, run, save_grid, seed_of, whole, write_whole
 
 # Defaults of the flags of the same names. A recipe's warmup of 1/8 of 800 epochs is the paper's 100 epochs, and so on.
 COMMON = dict(weight_decay=0.02, clip=3.0, t="logit-normal", seed=0, accumulate=1, log_every=50, workers=0)
@@ -178,20 +178,6 @@ def update_average(averaged, model, decay):
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
 
-def compiled(model, batch):
-    """torch.compile(model), tried on a batch; where that fails (no C++ compiler, say), a line to say so and the model as it is."""
-    fast = torch.compile(model)
-    try:
-        fast(**batch).backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # of a dozen types, by the place where it fails
-        print(f"train.py: warning: torch.compile failed, so training is slower; --no-compile does without ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]})", file=sys.stderr)
-        fast = model
-    model.zero_grad(set_to_none=True)
-    return fast
-
-
 @torch.no_grad()
 def not_finite(model, batch, indices):
     """The images, of the chains [b, refs] of a batch, whose chain's own loss is not finite."""
@@ -244,8 +230,6 @@ def train(args, refs=1):
     args.vae = args.vae or (str(DEMO_VAE) if args.size == "XS" else None)
     if args.only_decoder and not (args.init or args.resume):
         raise ValueError("--only-decoder: needs --init, the model whose AR Transformer it keeps")
-    if not (0 <= args.warmup <= 1 and 0 <= args.cooldown <= 1):
-        raise ValueError("--warmup and --cooldown are shares of the run, from 0 to 1")
     share = world * args.accumulate
     if args.batch_size % share:
         wanted = -(-args.batch_size // share) * share
@@ -289,7 +273,9 @@ def train(args, refs=1):
     if device.type == "cuda" if args.compile is None else args.compile:
         dropped, t, eps, noise = draw(config, args.repeats, args.t, range(micro), device)
         with autocast(device, dtype):
-            forward = compiled(model, dict(latents=noise, labels=torch.zeros(micro, dtype=torch.int64, device=device), t=t, noise=eps, dropped=dropped))
+            batch = dict(latents=noise, labels=torch.zeros(micro, dtype=torch.int64, device=device), t=t, noise=eps, dropped=dropped)
+            forward = compiled(model, lambda m: m(**batch).backward())
+        model.zero_grad(set_to_none=True)
     if world > 1:
         forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
         control = dist.new_group(backend="gloo")  # what the processes tell each other beside gradients, without waiting for a GPU
@@ -397,20 +383,20 @@ def make_parser(doc, out, recipes):
     add("--epochs", type=positive, help="length of the run in passes over the images, instead of --steps")
     add("--batch-size", type=positive, help="chains (1-step: images) a step, over all processes")
     add("--accumulate", type=positive, help="micro-batches a step on each process, to save memory")
-    add("--lr", type=float, help="peak learning rate; scale it with the batch size")
-    add("--warmup", type=float, help="first share of the run over which the learning rate rises, 0 to 1")
-    add("--cooldown", type=float, help="last share of the run over which the learning rate falls to 0, 0 to 1")
-    add("--weight-decay", type=float, help="of the AR Transformer's matrices")
-    add("--clip", type=float, help="largest norm of the gradient")
-    add("--ema", type=float, help="decay per step of the averaged weights, 0 to 1")
+    add("--lr", type=number(0), help="peak learning rate; scale it with the batch size")
+    add("--warmup", type=number(0, 1), help="first share of the run over which the learning rate rises, 0 to 1")
+    add("--cooldown", type=number(0, 1), help="last share of the run over which the learning rate falls to 0, 0 to 1")
+    add("--weight-decay", type=number(0), help="of the AR Transformer's matrices")
+    add("--clip", type=number(0), help="largest norm of the gradient")
+    add("--ema", type=number(0, 1), help="decay per step of the averaged weights, 0 to 1")
     add("--repeats", type=positive, help="draws of (t, noise) an image")
     add("--t", choices=["logit-normal", "uniform"], help="distribution of t: the release's, or Eq. 5's")
-    add("--seed", type=int, help="of weights, data order and every draw")
+    add("--seed", type=whole, help="of weights, data order and every draw")
     add("--save-every", type=positive, help="steps between checkpoints")
     add("--keep-every", type=positive, help="also keep the averaged weights of every so many steps, as OUT/ema-STEP.pt")
-    add("--sample-every", type=int, help="steps between pictures of samples, and one at the end; 0 draws none")
+    add("--sample-every", type=whole, help="steps between pictures of samples, and one at the end; 0 draws none")
     add("--log-every", type=positive, help="steps between rows of log.csv")
-    add("--workers", type=int, help="processes that read latents; 0 reads in this one, 2 or more keep a GPU busy")
+    add("--workers", type=whole, help="processes that read latents; 0 reads in this one, 2 or more keep a GPU busy")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast; weights stay float32 (default: bf16 where the hardware has it)")
     add("--grad-checkpointing", action="store_true", default=None, help="compute activations twice instead of keeping them: about a third slower, for H on small GPUs")

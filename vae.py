@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import http.client
 import json
+import math
 import os
 import pickle
 import shutil
@@ -506,6 +507,21 @@ def autocast(device, dtype):
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
+def compiled(module, trial, **options):
+    """torch.compile(module, **options), tried by trial(it); where that fails (no C++ compiler, say), a line to say so and the module as it is."""
+    fast = torch.compile(module, **options)
+    try:
+        trial(fast)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # of a dozen types, by the place where it fails
+        reason = next((line for line in reversed(str(e).splitlines()) if line.strip()), "")[:200]
+        print(f"{Path(sys.argv[0]).name}: warning: torch.compile failed, so it goes on without, slower; --no-compile does not try ({type(e).__name__}: {reason})", file=sys.stderr)
+        trial(module)
+        return module
+    return fast
+
+
 def run(main):
     """Run main(); an expected error (bad input, a full disk) becomes one line on stderr and exit status 2."""
     try:
@@ -598,11 +614,28 @@ def encode(args):
     print(f"wrote {len(source)} images of {len(source.classes)} classes to {args.out}; originals over reconstructions in {args.out}/reconstructions.png")
 
 
-def positive(text):
-    """argparse type of counts and sizes."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+def whole(text, least=0):
+    """argparse type of whole numbers from 0 (seeds, workers) to what fits in 63 bits."""
+    if not (text.isascii() and text.isdecimal()) or not least <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {least}")
     return int(text)
+
+
+def positive(text):
+    """argparse type of counts and sizes, from 1."""
+    return whole(text, least=1)
+
+
+def number(least, most=math.inf):
+    """argparse type of finite numbers from `least` to `most`."""
+
+    def parse(text):
+        if not least <= float(text) <= most or math.isinf(float(text)):
+            raise argparse.ArgumentTypeError(f"{text}: must be a number " + (f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"))
+        return float(text)
+
+    parse.__name__ = "number"  # argparse names the type where float(text) fails
+    return parse
 
 
 def main():
@@ -615,15 +648,15 @@ def main():
         add("--data", default=str(DEMO_DATA), help="folder of class folders, or .npz (default: %(default)s)")
         add("--image-size", type=positive, help="pixels (default: when training 32 for small, 256 for kl16; when encoding the VAE's own)")
         add("--batch-size", type=positive, default=32, help="images (default: 32)")
-        add("--workers", type=int, default=0, help="processes that read images (default: 0, this one)")
+        add("--workers", type=whole, default=0, help="processes that read images (default: 0, this one)")
         add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
         if function is train:
             add("--out", default="runs/vae.pt", help="file to write (default: %(default)s)")
             add("--arch", choices=ARCHS, default="small", help="kl16: the paper's; small: the demo's (default)")
             add("--steps", type=positive, default=5000, help="optimiser steps (default: 5000)")
-            add("--lr", type=float, help="peak learning rate; cosine to 0 (default: 4e-3 for small, 1e-4 for kl16)")
-            add("--kl-weight", type=float, default=2e-3, help="weight of the KL term (default: 2e-3)")
-            add("--seed", type=int, default=0, help="(default: 0)")
+            add("--lr", type=number(0), help="peak learning rate; cosine to 0 (default: 4e-3 for small, 1e-4 for kl16)")
+            add("--kl-weight", type=number(0), default=2e-3, help="weight of the KL term (default: 2e-3)")
+            add("--seed", type=whole, default=0, help="(default: 0)")
             add("--dtype", choices=["bf16", "fp32"], help="of autocast; weights stay float32 (default: bf16 where the hardware has it)")
         else:
             add("--vae", default=str(DEMO_VAE), help="VAE file, ours or the released one (default: %(default)s)")

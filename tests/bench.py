@@ -1,0 +1,215 @@
+"""Images a second in training and sampling, beside a plain eager version of the same mathematics and the machine's own ceiling.
+
+    python tests/bench.py                                                           size B on a CPU, in minutes
+    python tests/bench.py --size L --batch-size 64 --sample-batch-size 64 --steps 100   on a GPU
+
+Ours and the plain version take turns in one process, on the same weights and inputs; a ratio is of two neighbours, and its median and
+range are over the rounds. The plain version does what the released code does: c copied for each draw, its keys and values computed anew for each
+draw and step, the modulation for each sample, a chain's images one after the other in training, torch's own attention everywhere, a for-loop
+optimiser and average, nothing compiled.
+
+TFLOP/s: multiplications and additions of the matrix products and attentions of *our* version, forward and backward, counted by
+torch.utils.flop_counter, by our time: work that is saved counts for nothing. Ceiling: the best product of two square matrices of the same dtype in
+this run. Memory: the peak of this process's (CPU, Linux) or of torch's (CUDA) during our version; weights, optimiser and average included.
+"""
+import argparse
+import dataclasses
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import model as ours  # noqa: E402
+from model import SIZES, TransDiff, euler_maruyama  # noqa: E402
+from train import make_optimizer, update_average  # noqa: E402
+from vae import autocast, compiled, pick_device, pick_dtype, positive, run  # noqa: E402
+
+
+def ceiling(device, dtype):
+    """Floating-point operations a second of the best square matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(clock(lambda: a @ b, device) for _ in range(8))
+
+
+def clock(f, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    f()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def memory(device, reset=False):
+    """Peak memory in GB since the last reset, or None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats() if reset else torch.cuda.max_memory_allocated() / 1e9
+    try:
+        if reset:
+            return Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+    except OSError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- the plain version
+
+
+def plain_attention(q, k, v, mask, dropout):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def plain_velocity(model, x, t, c):
+    return model.decoder(x, t, model.decoder.keys_values(c))
+
+
+def plain_loss(model, latents, labels, repeats):
+    c, losses = model.encode(labels, latents[:, :-1]), []
+    tokens = model.config.tokens_per_image
+    for k in range(latents.shape[1]):
+        x = latents[:, k].repeat(repeats, 1, 1, 1)
+        t, eps = torch.randn(len(x), device=x.device).sigmoid(), torch.randn_like(x)
+        x_t = (1 - t[:, None, None, None]) * x + t[:, None, None, None] * eps
+        v = plain_velocity(model, x_t, t, c[:, : (k + 1) * tokens].repeat(repeats, 1, 1))
+        losses.append((v.float() - (eps - x)).square().mean())
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def plain_sample(model, labels, refs, steps, cfg):
+    null, chain = torch.full_like(labels, model.config.num_classes), None
+    noise = torch.randn(len(labels), model.config.latent_channels, model.config.latent_size, model.config.latent_size, device=labels.device)
+    for k in range(refs):
+        c = torch.cat([model.encode(labels, chain), model.encode(null, chain)])
+
+        def velocity(x, t):
+            v, v_null = plain_velocity(model, torch.cat([x, x]), t.expand(2 * len(x)).to(x.device), c).float().chunk(2)
+            return v_null + cfg * (v - v_null)
+
+        x = euler_maruyama(velocity, noise, steps)[:, None]
+        chain = x if chain is None else torch.cat([chain, x], dim=1)
+    return chain
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+
+
+def training(model, batch, repeats, device, dtype, compile):
+    """(ours, plain, operations of ours, images): one optimiser step each."""
+    config, n = model.config, batch
+    latents = torch.randn(n, config.refs, config.latent_channels, config.latent_size, config.latent_size, device=device)
+    labels = torch.arange(n, device=device) % config.num_classes
+    averaged = TransDiff(config).to(device).eval().requires_grad_(False)
+    averaged.load_state_dict(model.state_dict())
+    optimizer = make_optimizer(model, SimpleNamespace(lr=1e-6, weight_decay=0.02))
+    slow = torch.optim.AdamW(model.parameters(), 1e-6, betas=(0.9, 0.95), foreach=False, fused=False)
+    forward = compiled(model, lambda m: m(latents, labels, repeats=repeats).backward()) if compile else model
+    model.zero_grad(set_to_none=True)
+
+    def step(loss, optimizer, average):
+        with autocast(device, dtype):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average()
+
+    def plain_average():
+        with torch.no_grad():
+            for p, q in zip(averaged.parameters(), model.parameters()):
+                p.mul_(0.9999).add_(q, alpha=1 - 0.9999)
+
+    fast = lambda: step(lambda: forward(latents, labels, repeats=repeats), optimizer, lambda: update_average(averaged, model, 0.9999))  # noqa: E731
+    plain = lambda: step(lambda: plain_loss(model, latents, labels, repeats), slow, plain_average)  # noqa: E731
+    with FlopCounterMode(display=False) as counter, autocast(device, dtype):
+        model(latents, labels, repeats=repeats).backward()
+    model.zero_grad(set_to_none=True)
+    return fast, plain, counter.get_total_flops(), n * config.refs
+
+
+def sampling(model, batch, refs, steps, device, dtype, compile):
+    """(ours, plain, operations of ours, images): a batch of chains each, guided."""
+    model.eval()
+    labels, decoder = torch.arange(batch, device=device) % model.config.num_classes, model.decoder
+
+    def fast():
+        with torch.inference_mode(), autocast(device, dtype):
+            model.sample(labels, refs, steps, cfg=1.3)
+
+    def plain():
+        model.decoder = decoder
+        with torch.inference_mode(), autocast(device, dtype):
+            plain_sample(model, labels, refs, steps, 1.3)
+        model.decoder = used
+
+    with FlopCounterMode(display=False) as counter:
+        fast()
+    used = decoder
+    if compile:
+        def trial(fast_decoder):
+            model.decoder = fast_decoder
+            fast()
+
+        used = model.decoder = compiled(decoder, trial, mode="reduce-overhead")
+    return fast, plain, counter.get_total_flops(), batch
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="B", help="(default: B)")
+    add("--batch-size", type=positive, default=2, help="chains of a training step (default: 2)")
+    add("--sample-batch-size", type=positive, default=2, help="chains drawn at once (default: 2)")
+    add("--steps", type=positive, default=4, help="evaluations an image in sampling (default: 4; the paper's is 100)")
+    add("--rounds", type=positive, default=5, help="pairs (default: 5)")
+    add("--only", choices=["train", "sample"], help="(default: both)")
+    add("--device", help="cpu, cuda ... (default: cuda if there is one)")
+    add("--dtype", choices=["bf16", "fp32"], help="(default: bf16 where the hardware has it)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile of ours (default: on CUDA)")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    compile = device.type == "cuda" if args.compile is None else args.compile
+    top = ceiling(device, dtype)
+    print(f"{args.size}, {device.type}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}; ceiling {top / 1e12:.3f} TFLOP/s; training {args.batch_size}, sampling {args.sample_batch_size} chains, {args.steps} steps, guided")
+    print(f"{'':14}{'images/s':>10}{'plain':>10}{'ratio':>8}{'range':>14}{'TFLOP/s':>9}{'of ceiling':>12}{'GB':>7}")
+    fused_attention, kinds = ours.attention, [(k, r) for k in ("train", "sample") for r in (1, 4) if args.only in (None, k)]
+    for kind, refs in kinds:
+        torch.manual_seed(0)
+        model = TransDiff(dataclasses.replace(SIZES[args.size], refs=refs)).to(device)
+        if kind == "train":
+            fast, plain, operations, images = training(model, args.batch_size, 4 if refs == 1 else 2, device, dtype, compile)
+        else:
+            fast, plain, operations, images = sampling(model, args.sample_batch_size, refs, args.steps, device, dtype, compile)
+        times, plain_times, peak = [], [], None
+        for i in range(1 + args.rounds):  # the first round warms up
+            ours.attention = fused_attention
+            memory(device, reset=True)
+            times.append(clock(fast, device))
+            peak = memory(device)
+            ours.attention = plain_attention
+            plain_times.append(clock(plain, device))
+        ours.attention = fused_attention
+        times, plain_times = times[1:], plain_times[1:]
+        ratios, seconds = [b / a for a, b in zip(times, plain_times)], statistics.median(times)
+        share = operations / seconds / top
+        name = f"{kind} {'1-step' if refs == 1 else 'MRAR'}"
+        print(
+            f"{name:14}{images / seconds:10.3g}{images / statistics.median(plain_times):10.3g}{statistics.median(ratios):8.2f}{min(ratios):7.2f}-{max(ratios):.2f}"
+            f"{operations / seconds / 1e12:12.3f}{share:12.0%}" + (f"{peak:7.1f}" if peak else f"{'-':>7}"),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run(main)
