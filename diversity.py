@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO_MODEL, pick_device, positive, run, seed_of, whole, write_whole
+from vae import DEMO_MODEL, check_out, pick_device, positive, run, seed_of, whole, write_whole
 
 
 def similarity(features):
@@ -50,6 +50,10 @@ def features(model, labels, seed, settings):
     refs = model.config.refs
     references = model.sample(labels, refs - 1, noise_sampler=randn, **settings) if refs > 1 else None
     return model.ar(labels, references)
+
+
+def class_names(model):
+    return model.info.get("classes") or [str(i) for i in range(model.config.num_classes)]
 
 
 def measure(model, classes, args):
@@ -104,12 +108,19 @@ def main():
     add("--batch-size", type=positive, default=64, help="chains drawn at once (default: 64)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     args = parser.parse_args()
+    for flag, path in (("--out", args.out), ("--csv", args.csv)):
+        if path:
+            check_out(flag, path)
     args.device = pick_device(args.device)
 
+    if args.heatmap:
+        names = class_names(load_checkpoint(args.ckpt[-1]))
+        if args.heatmap not in names and not (args.heatmap.isdecimal() and int(args.heatmap) < len(names)):
+            raise ValueError(f"--heatmap {args.heatmap}: no such class; this model has {', '.join(names[:20])}")
     rows = []
     for ckpt in tqdm(args.ckpt, unit="checkpoint", disable=len(args.ckpt) == 1):
         model = load_checkpoint(ckpt, args.device)
-        names = model.info.get("classes", [str(i) for i in range(model.config.num_classes)])
+        names = class_names(model)
         values = measure(model, list(range(len(names))), args)
         row = dict(checkpoint=ckpt, step=model.info.get("step", ""), similarity=f"{values.mean():.4f}", over_classes=f"{values.mean(0).std():.4f}", over_seeds=f"{values.std(0).mean():.4f}")
         if args.fid:
@@ -132,8 +143,6 @@ def main():
         write_whole(args.csv, lambda f: f.write(text.getvalue().encode()))
         print(f"wrote {args.csv}")
     if args.heatmap:
-        if args.heatmap not in names and not (args.heatmap.isdecimal() and int(args.heatmap) < len(names)):
-            raise ValueError(f"--heatmap {args.heatmap}: no such class; this model has {', '.join(names[:20])}")
         label = names.index(args.heatmap) if args.heatmap in names else int(args.heatmap)
         S = similarity(features(model, torch.tensor([label], device=args.device), args.seed, sampling_settings(model.config, model.info.get("size"))))[0]
         heatmap(S, args.out)

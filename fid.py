@@ -28,7 +28,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from vae import DEMO_DATA, ImageFolder, center_crop, fetch, open_source, pick_device, positive, run, to_rgb, whole, write_whole
+from vae import DEMO_DATA, ImageFolder, center_crop, check_out, fetch, open_source, pick_device, positive, run, whole, write_whole
+from vae import read_image as open_image
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
@@ -168,11 +169,7 @@ def find_images(path):
 
 def read_image(path, size=None, crop=False):
     """uint8 [H, W, 3] of an image file, cropped by vae.center_crop if it is not of `size` (H, W) and `crop` allows it."""
-    try:
-        with Image.open(path) as image:
-            image = to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path}: cannot be read as an image ({e})") from None
+    image = open_image(path)
     if size is None or image.size == size[::-1]:
         return np.asarray(image)
     if not crop:
@@ -367,6 +364,9 @@ def train_net(path, data, steps, seed, device, batch_size=128, lr=4e-3):
 def evaluate(args):
     if not args.samples or not (args.ref or args.save_stats):
         raise ValueError("give --samples and --ref (or --save-stats to write the samples' statistics), or --train-net")
+    for flag, path in (("--json", args.json), ("--save-stats", args.save_stats)):
+        if path:
+            check_out(flag, path)
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise ValueError(f"--save-stats {args.save_stats}: must end in .npz")
     samples, reference = find_images(args.samples), find_images(args.ref) if args.ref else None
@@ -465,6 +465,7 @@ def main():
         return evaluate(args)
     if args.samples or args.ref:
         raise ValueError("--train-net takes --data, --steps, --seed and --device, and no --samples or --ref")
+    check_out("--train-net", args.train_net)
     train_net(args.train_net, args.data or DEMO_DATA, args.steps, args.seed, pick_device(args.device))
 
 

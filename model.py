@@ -17,6 +17,7 @@ evenly by the images. refs = 1 is 1-step AR ("0 references"), refs = 4 is the pa
 import argparse
 import dataclasses
 import math
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -504,11 +505,15 @@ def load_file(path):
 
     Raises OSError if the file cannot be opened, ValueError if it is not a checkpoint.
     """
+    with open(path, "rb"):
+        pass  # or an OSError that names it
     try:
+        if zipfile.is_zipfile(path):  # torch does not look at the checksums that it writes
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("it is damaged, a checksum is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as e:  # torch raises a dozen types here, depending on which byte is wrong
         raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'cut short'})") from None
 

@@ -10,6 +10,7 @@
 """
 import argparse
 import datetime
+import difflib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO_MODEL, DEMO_VAE, autocast, compiled, digest, fetch, load_vae, number
+from vae import DEMO_MODEL, DEMO_VAE, autocast, cast_weights, check_out, compiled, digest, fetch, load_vae, number
 from vae import pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, whole, write_whole
 
 RELEASED = {  # --pretrained: folder of the authors' repository
@@ -46,7 +47,8 @@ def class_indices(words, names, num_classes):
         elif word.isdecimal() and int(word) < num_classes:
             indices.append(int(word))
         else:
-            known = f": {', '.join(names)}" if 0 < len(names) <= 20 else ""
+            near = difflib.get_close_matches(word, names)
+            known = f": {', '.join(names)}" if 0 < len(names) <= 20 else f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"--class {word}: this model has classes 0 to {num_classes - 1}{known}")
     return indices
 
@@ -104,6 +106,9 @@ def write_npz(model, vae, labels, refs, args, device, dtype, identity):
     if rank == 0 and not (partial / "run.json").exists():
         partial.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(partial / "arr_0.npy", "w+", np.uint8, (len(labels), side, side, 3)).flush()
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, where later it would end the process
+            with open(partial / "arr_0.npy", "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
         np.save(partial / "arr_1.npy", np.array(labels, np.int64))
         np.save(partial / "done.npy", np.zeros(-(-len(labels) // args.batch_size), np.uint8))
         write_whole(partial / "run.json", lambda f: f.write(json.dumps(identity).encode()))
@@ -197,6 +202,7 @@ def main():
     suffixes = [".npz"] if args.num else [".png"] if kinds else [".npz"] if world > 1 else [".png", ".npz"]
     if Path(args.out).suffix not in suffixes:
         raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
+    check_out("--out", args.out)
     device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # for its barrier alone: ranks meet when the first and the last are done
@@ -207,13 +213,13 @@ def main():
             fetch_released(RELEASED[args.pretrained]), fetch_released("vae")
         dist.barrier()
     ckpt = fetch_released(RELEASED[args.pretrained]) if args.pretrained else Path(args.ckpt or DEMO_MODEL)
-    model = load_checkpoint(ckpt, device)
+    model = cast_weights(load_checkpoint(ckpt, device), dtype)
     vae_path = Path(args.vae or (fetch_released("vae") if args.pretrained else model.info.get("vae", "")))
     if not vae_path.is_file() and not args.vae and digest(DEMO_VAE.read_bytes()) == model.info.get("vae_digest"):
         vae_path = DEMO_VAE  # the model names it by its path from the folder that it was trained in
     if not vae_path.is_file():
         raise ValueError(f"--vae {vae_path}: no such file; name the VAE that made this model's latents")
-    vae = load_vae(vae_path, device)
+    vae = cast_weights(load_vae(vae_path, device), dtype)
     if not args.vae and model.info.get("vae_digest", vae.digest) != vae.digest:
         raise ValueError(f"--vae: {vae_path} is no longer the file that made this model's latents; if it will do all the same, name it")
     if vae.z_channels != model.config.latent_channels:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import SIZES, TransDiff, load_file, load_state, sampling_settings, t_of, warm_start
-from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, compiled, digest, encode_source, load_vae, number, open_source
+from vae import DEMO_DATA, DEMO_VAE, LatentCache, autocast, check_out, compiled, digest, encode_source, load_vae, number, open_source
 from vae import pick_device, pick_dtype, pixels, positive, posterior, run, save_grid, seed_of, whole, write_whole
 
 # Defaults of the flags of the same names. A recipe's warmup of 1/8 of 800 epochs is the paper's 100 epochs, and so on.
@@ -64,7 +64,7 @@ class Chains(torch.utils.data.IterableDataset):
         counts = np.bincount(cache.labels, minlength=len(cache.classes))
         few = [name for name, n in zip(cache.classes, counts) if n < refs]
         if few and refs > 1:
-            raise ValueError(f"{len(few)} classes have fewer than {refs} images, so no chain of --refs {refs}: {', '.join(few)}")
+            raise ValueError(f"{len(few)} classes have fewer than {refs} images, so no chain of --refs {refs}: {', '.join(few[:10])}{' ...' if len(few) > 10 else ''}")
         self.chains = int((counts // refs).sum())  # in an epoch
         self.epoch, self.order = -1, None
 
@@ -125,9 +125,10 @@ def latent_cache(args, device, rank):
     """The cache at --data; where --data is a source of images, it is encoded first, once: the cache's name tells the images and the VAE."""
     path = Path(args.data)
     if path.suffix == ".npz" or path.is_dir() and not (path / "meta.json").exists() and not (path / "moments.npy").exists():
-        if not args.vae:
+        vae = args.vae or (DEMO_VAE if args.size == "XS" else None)
+        if not vae:
             raise ValueError(f"--vae: name the VAE to encode {path} with (or encode it first: python vae.py encode)")
-        vae = load_vae(args.vae, device)
+        vae = load_vae(vae, device)
         source = open_source(path, args.image_size or vae.image_size)
         path = Path("runs") / f"latents-{path.stem}-{source.size}-{digest((source.digest + vae.digest).encode())}"
         if rank == 0 and not path.exists():
@@ -135,6 +136,8 @@ def latent_cache(args, device, rank):
         if dist.is_initialized():
             dist.barrier()
     cache = LatentCache(path)
+    if args.vae and path == Path(args.data) and digest(Path(args.vae).read_bytes()) != cache.vae_digest:
+        raise ValueError(f"--vae {args.vae}: is not the VAE that made the latents in {path}, which was {cache.vae}; leave the flag out, or encode again")
     if args.image_size and args.image_size != cache.image_size:
         raise ValueError(f"--image-size {args.image_size}: the latents in {path} are of {cache.image_size} px images")
     return cache
@@ -205,6 +208,7 @@ def train(args, refs=1):
         # the other ranks wait for rank 0 to encode images and to draw pictures
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+    check_out("--out", args.out, folder=True)
     out, log = Path(args.out), (print if rank == 0 else lambda *_: None)
     if (out / "last.pt").exists() and not args.resume:
         raise ValueError(f"{out}/last.pt exists: --resume goes on with that run; else give another --out, or remove {out}")
@@ -227,7 +231,6 @@ def train(args, refs=1):
     dtype = pick_dtype(args.dtype, device)
     args.dtype = "bf16" if dtype == torch.bfloat16 else "fp32"  # a resumed run keeps it
     args.data = args.data or (str(DEMO_DATA) if args.size == "XS" else "latents")
-    args.vae = args.vae or (str(DEMO_VAE) if args.size == "XS" else None)
     if args.only_decoder and not (args.init or args.resume):
         raise ValueError("--only-decoder: needs --init, the model whose AR Transformer it keeps")
     share = world * args.accumulate
@@ -243,13 +246,18 @@ def train(args, refs=1):
     model = TransDiff(config)
     if last:
         differ += [f"{k} {v} there, {getattr(config, k)} here" for k, v in last["config"].items() if getattr(config, k) != v]
+        differ += [f"{k} {last[k]} there, {getattr(cache, k)} here" for k in ("classes", "vae_digest") if last[k] != getattr(cache, k)]
         if differ:
             raise ValueError(f"{out}/last.pt is of another run: {', '.join(differ)}")
         model.load_state_dict(last["model"])
         log(f"going on from {out}/last.pt at step {last['step']}")
     elif args.init:
-        for note in warm_start(model, *load_state(args.init)[:2], path=args.init):
+        *weights, info = load_state(args.init)
+        if info.get("vae_digest", cache.vae_digest) != cache.vae_digest:
+            raise ValueError(f"--init {args.init}: was trained on latents of another VAE ({info.get('vae')}) than those in {cache.path} ({cache.vae})")
+        for note in warm_start(model, *weights, path=args.init):
             log(f"{args.init}: {note}")
+        del weights
     if args.only_decoder:
         for name, p in model.named_parameters():
             p.requires_grad_(name.startswith("decoder."))

@@ -13,10 +13,10 @@ import http.client
 import json
 import math
 import os
-import pickle
-import shutil
 import sys
+import time
 import urllib.request
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -261,8 +261,23 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def read_image(path):
+    """RGB PIL image of a file of any mode, upright; the first frame of an animation. Raises ValueError if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, and of images that are large but not refused
+            with Image.open(path) as image:
+                return to_rgb(image)
+    except Exception as e:  # Pillow raises a dozen types, depending on which byte is wrong
+        raise ValueError(f"{path}: cannot be read as an image ({str(e) or type(e).__name__})") from None
+
+
 def center_crop(image, size):
     """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while twice too large, bicubic to size, cut the centre square."""
+    long, short = max(image.size), min(image.size)
+    if long > 16 * short:  # a strip of 20,000 x 50 px would be enlarged to gigabytes, only to cut out its middle
+        x, y = ((side - min(side, 16 * short)) // 2 for side in image.size)
+        image = image.crop((x, y, image.width - x, image.height - y))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = size / min(image.size)
@@ -272,13 +287,14 @@ def center_crop(image, size):
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """DIR/<class>/**/<image>: the classes are the sorted folder names, as in ImageNet."""
+    """DIR/<class>/**/<image>: the classes are the sorted folder names, as in ImageNet. Hidden files and folders, and files of other kinds, are passed over."""
 
-    EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+    EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
     def __init__(self, root, size):
         self.root, self.size, paths, labels = str(root), size, [], []
-        self.classes = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
+        above = Path(os.path.realpath(root), "x").parents  # a link to one of these would lead round in a circle
+        self.classes = sorted(d.name for d in os.scandir(root) if os.path.isdir(d) and not d.name.startswith(".") and Path(os.path.realpath(d)) not in above)
         for label, name in enumerate(self.classes):
             found = []
             for folder, folders, files in os.walk(os.path.join(root, name)):
@@ -289,7 +305,7 @@ class ImageFolder(torch.utils.data.Dataset):
             paths += sorted(os.fsencode(os.path.relpath(p, root)) for p in found)
             labels += [label] * len(found)
         if not paths:
-            raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>.jpg (or .png, .webp)")
+            raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>, an image being one of {' '.join(self.EXTENSIONS)}")
         self.paths, self.labels = np.array(paths), np.array(labels)  # arrays, not lists: 40 bytes an image for ImageNet
         self.digest = digest(str(self.classes).encode() + self.paths.tobytes())
 
@@ -297,12 +313,7 @@ class ImageFolder(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, i):
-        path = os.path.join(self.root, os.fsdecode(self.paths[i]))
-        try:
-            with Image.open(path) as image:
-                return center_crop(to_rgb(image), self.size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise ValueError(f"{path}: cannot be read as an image ({e})") from None
+        return center_crop(read_image(os.path.join(self.root, os.fsdecode(self.paths[i]))), self.size)
 
 
 class NpzImages(torch.utils.data.Dataset):
@@ -317,8 +328,10 @@ class NpzImages(torch.utils.data.Dataset):
             images = data["images" if "images" in data else "arr_0"]
             labels = data["labels" if "labels" in data else "arr_1"]
             names = data["classes"] if "classes" in data else None
-        except (KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError) as e:
+        except Exception as e:  # numpy, zipfile and zlib raise a dozen types, depending on which byte is wrong
             raise ValueError(f"{path}: needs uint8 images (images or arr_0) and labels (labels or arr_1): {e}") from None
+        if 0 in images.shape:
+            raise ValueError(f"{path}: no images in it ({images.shape})")
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
             raise ValueError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]")
         if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
@@ -363,61 +376,133 @@ def open_source(path, size):
 # DIR/moments.npy  float16 [N, 2, 2 z, h, w]: mean and log-variance of the centre crop ([:, 0]) and of its mirror image ([:, 1])
 # DIR/labels.npy   int64 [N]
 # DIR/meta.json    classes (names), scale, image_size, vae (its file), vae_digest
+# DIR/skipped.txt  images that could not be read, a line each, if --skip-bad passed over any
 #
 # moments.npy is written front to back and memory-mapped in training, so neither end holds more than a batch of it.
 
 
-def encode_source(source, vae, out, batch_size=32, workers=0, device="cpu", dtype=torch.float32):
-    """Encode every image of `source` into the cache folder `out`, which appears whole, at the end. Raises ValueError if it is there already."""
+class Checked(torch.utils.data.Dataset):
+    """A source whose unreadable images are their error messages, so that a loader's worker survives them."""
+
+    def __init__(self, source, start):
+        self.source, self.start = source, start
+
+    def __len__(self):
+        return len(self.source) - self.start
+
+    def __getitem__(self, i):
+        try:
+            return self.source[self.start + i]
+        except ValueError as e:
+            return str(e)
+
+
+def encode_source(source, vae, out, batch_size=32, workers=0, device="cpu", dtype=torch.float32, skip_bad=False):
+    """Encode every image of `source` into the cache folder `out`, which appears whole, at the end. Killed and called again, it goes on.
+
+    Returns the messages of the images that skip_bad passed over. Raises ValueError if `out` is there already, or OUT.partial is of another run, or
+    at the first image that cannot be read.
+    """
     out, partial = Path(out), Path(f"{out}.partial")
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or give another --out")
     if source.size % vae.factor:
         raise ValueError(f"--image-size {source.size}: must be a multiple of {vae.factor} for {vae.path}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    show_reconstructions(source, vae, partial / "reconstructions.png", device)
-    h = source.size // vae.factor
-    header = dict(descr="<f2", fortran_order=False, shape=(len(source), 2, 2 * vae.z_channels, h, h))
-    loader = torch.utils.data.DataLoader(source, batch_size, num_workers=workers)
-    with open(partial / "moments.npy", "wb") as f, torch.inference_mode():
-        np.lib.format.write_array_header_1_0(f, header)
-        with tqdm(total=len(source), unit="image", desc=f"encoding to {out}") as bar:
-            for images in loader:
-                x = from_uint8(images).to(device)
-                with autocast(device, dtype):
-                    pair = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
-                f.write(torch.stack(pair, dim=1).to("cpu", torch.float16).numpy().tobytes())
-                bar.update(len(images))
-    np.save(partial / "labels.npy", source.labels)
     meta = dict(classes=source.classes, scale=vae.scale, image_size=source.size, vae=vae.path, vae_digest=vae.digest)
+    identity = dict(meta, images=source.digest, batch_size=batch_size, dtype=str(dtype), skip_bad=skip_bad)
+    done = dict(identity, next=0, skipped=[])  # images before `next` are in moments.npy or in skipped: [index, message]
+    if (partial / "done.json").exists():
+        done = json.loads((partial / "done.json").read_text())
+        if {k: done[k] for k in identity} != identity:
+            raise ValueError(f"{partial}: unfinished latents of other images or settings; finish them, remove the folder, or give another --out")
+    partial.mkdir(parents=True, exist_ok=True)
+    h = source.size // vae.factor
+    row = (2, 2 * vae.z_channels, h, h)
+    loader = torch.utils.data.DataLoader(Checked(source, done["next"]), batch_size, num_workers=workers, collate_fn=list)
+
+    def header():  # of as many bytes whatever N is: numpy leaves room for it to grow
+        f.seek(0)
+        np.lib.format.write_array_header_1_0(f, dict(descr="<f2", fortran_order=False, shape=(done["next"] - len(done["skipped"]), *row)))
+
+    def save():
+        f.flush()
+        os.fsync(f.fileno())
+        write_whole(partial / "done.json", lambda g: g.write(json.dumps(done).encode()))
+
+    with open(partial / "moments.npy", "r+b" if done["next"] else "wb") as f, torch.inference_mode():
+        header()
+        f.seek(2 * math.prod(row) * (done["next"] - len(done["skipped"])), os.SEEK_CUR)
+        f.truncate()
+        saved = time.time()
+        with tqdm(total=len(source), initial=done["next"], unit="image", desc=f"encoding to {out}") as bar:
+            for batch in loader:
+                bad = [[done["next"] + i, x] for i, x in enumerate(batch) if isinstance(x, str)]
+                if bad and not skip_bad:
+                    save()
+                    raise ValueError(bad[0][1] + ("; --skip-bad goes on without such images" if isinstance(source, ImageFolder) else ""))
+                if len(bad) < len(batch):
+                    x = from_uint8(np.stack([x for x in batch if not isinstance(x, str)])).to(device)
+                    with autocast(device, dtype):
+                        pair = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
+                    moments = torch.stack(pair, dim=1).to("cpu", torch.float16)
+                    if not moments.isfinite().all():
+                        raise ValueError(f"{vae.path}: gives latents that are not finite in float16, of an image from {done['next']} on; is it the right VAE, and trained?")
+                    f.write(moments.numpy().tobytes())
+                done["next"] += len(batch)
+                done["skipped"] += bad
+                bar.update(len(batch))
+                if time.time() - saved > 10:
+                    save()
+                    saved = time.time()
+        header()
+        save()
+    skipped = [i for i, _ in done["skipped"]]
+    if len(skipped) == len(source):
+        raise ValueError(f"none of the {len(source)} images could be read; the first: {done['skipped'][0][1]}")
+    np.save(partial / "labels.npy", np.delete(source.labels, skipped))
+    if skipped:
+        (partial / "skipped.txt").write_text("".join(f"{message}\n" for _, message in done["skipped"]))
+    show_reconstructions(source, vae, partial / "reconstructions.png", device, skipped)
     (partial / "meta.json").write_text(json.dumps(meta))
+    (partial / "done.json").unlink()
     partial.rename(out)
+    return [message for _, message in done["skipped"]]
 
 
 class LatentCache:
     """A cache folder, memory-mapped: `moments` [N, 2, 2 z, h, w] float16, `labels` [N], and `classes`, `scale`, `image_size`, `vae`, `vae_digest`.
 
-    Raises ValueError if the folder is not a whole cache.
+    Raises ValueError if the folder is not a whole cache, or holds latents that are not finite: all are looked at up to 1 GiB, of more an even sample.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, check=True):
         self.path = path = Path(path)
         try:
             meta = json.loads((path / "meta.json").read_text())
-            self.moments = np.load(path / "moments.npy", mmap_mode="r")
-            self.labels = np.load(path / "labels.npy")
-            self.classes, self.scale, self.image_size = meta["classes"], meta["scale"], meta["image_size"]
-            self.vae, self.vae_digest = meta["vae"], meta["vae_digest"]
-        except (OSError, ValueError, KeyError, EOFError) as e:
-            raise ValueError(f"{path}: not a latent cache ({e}); make one with python vae.py encode --data SRC --vae VAE --out {path}") from None
-        if self.moments.ndim != 5 or len(self.moments) != len(self.labels) or self.labels.max() >= len(self.classes):
-            shapes = f"moments {self.moments.shape}, {len(self.labels)} labels and {len(self.classes)} classes"
-            raise ValueError(f"{path}: {shapes} do not belong together; encode again")
-        self.latent_shape = (self.moments.shape[2] // 2, *self.moments.shape[3:])
+            self.moments = np.load(path / "moments.npy", mmap_mode="r", allow_pickle=False)
+            self.labels = np.load(path / "labels.npy", allow_pickle=False)
+            self.classes, self.scale, self.image_size = meta["classes"], float(meta["scale"]), int(meta["image_size"])
+            self.vae, self.vae_digest = str(meta["vae"]), str(meta["vae_digest"])
+        except Exception as e:  # json and numpy raise a dozen types, depending on which byte is wrong
+            why = "it is unfinished: give the command that began it again" if Path(f"{path}.partial").exists() else f"{type(e).__name__}: {e}"
+            raise ValueError(f"{path}: not a latent cache ({why}); make one with python vae.py encode --data SRC --vae VAE --out {path}") from None
+        m, y = self.moments, self.labels
+        fits = m.ndim == 5 and m.shape[1] == 2 and m.dtype == np.float16 and m.shape[2] % 2 == 0 and m.shape[3] == m.shape[4] and m.size > 0
+        if not fits or y.shape != m.shape[:1] or y.dtype != np.int64 or y.min() < 0 or y.max() >= len(self.classes) or not 0 < self.scale < math.inf:
+            what = f"moments {m.dtype} {m.shape}, labels {y.dtype} {y.shape} of {len(self.classes)} classes, scale {self.scale}"
+            raise ValueError(f"{path}: {what} do not belong together; encode again")
+        self.latent_shape = (m.shape[2] // 2, *m.shape[3:])
+        if not check:
+            return
+        step = -(-m.nbytes // 2**30)
+        for i in range(0, len(m), 1024 * step):
+            part = m[i : i + 1024 * step : step]
+            if not np.isfinite(part).all():
+                bad = i + step * int(np.flatnonzero(~np.isfinite(part).all((1, 2, 3, 4)))[0])
+                raise ValueError(f"{path}: the latents of image {bad} are not finite; encode again")
 
     def __reduce__(self):
-        return LatentCache, (self.path,)  # a loader's worker maps the file itself, rather than being sent its contents
+        return LatentCache, (self.path, False)  # a loader's worker maps the file itself, rather than being sent its contents
 
     def __len__(self):
         return len(self.labels)
@@ -433,19 +518,33 @@ def posterior(moments, noise):
 
 
 def write_whole(path, write):
-    """Call write(file) on PATH.tmp and rename it to PATH: PATH is the old file or the whole new one, never a part."""
+    """Call write(file) on PATH.tmp and rename it to PATH: PATH is the old file or the whole new one, never a part. Raises OSError, naming PATH."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         tmp.replace(path)
+    except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
+        tmp.unlink(missing_ok=True)
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
+        raise OSError(f"{path}: could not be written ({reason}); what was there is as it was") from None
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
+
+
+def check_out(flag, path, folder=False):
+    """Raise ValueError, before any work is done, if `path` cannot become a file (or a folder)."""
+    path = Path(path)
+    if path.is_dir() and not folder or path.is_file() and folder:
+        raise ValueError(f"{flag} {path}: is a {'file' if folder else 'folder'}, expected the name of a {'folder' if folder else 'file'}")
+    place = next(p for p in [*([path] if folder else []), *path.absolute().parents] if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{flag} {path}: {place} is not a folder that can be written to; give another")
 
 
 def fetch(url, path):
@@ -492,7 +591,11 @@ def seed_of(*numbers):
 
 
 def pick_device(name=None):
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """--device, or a GPU if there is one. Raises ValueError for a device that is not there."""
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"--device {name}: is not to be had here ({str(e).splitlines()[0].split(',')[0][:200]})") from None
 
 
 def pick_dtype(name, device):
@@ -505,6 +608,14 @@ def pick_dtype(name, device):
 
 def autocast(device, dtype):
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+def cast_weights(module, dtype):
+    """Keep the weights of products and convolutions in the dtype that autocast would otherwise cast them to at every call; the results are the same."""
+    for m in module.modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            m.to(dtype)
+    return module
 
 
 def compiled(module, trial, **options):
@@ -527,12 +638,14 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
         print(f"{Path(sys.argv[0]).name}: the GPU's memory is full; a smaller --batch-size, or --accumulate N in training, needs less", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError) as e:
-        line = str(e).strip().splitlines()[-1].removeprefix("ValueError: ")  # what a loader's worker raises comes wrapped in its traceback
+        line = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e).strip().splitlines()[-1]
+        line = line.removeprefix("ValueError: ")  # what a loader's worker raises comes wrapped in its traceback
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.exit(2)
 
@@ -540,10 +653,10 @@ def run(main):
 # ---------------------------------------------------------------------------------------------- commands
 
 
-def show_reconstructions(source, vae, path, device="cpu"):
-    """Rows of 8 originals, each over its reconstruction from the posterior mean: 16 images spread over the source."""
-    picks = [source[i] for i in np.linspace(0, len(source) - 1, 16).astype(int)]
-    images = np.stack(picks)
+def show_reconstructions(source, vae, path, device="cpu", skipped=()):
+    """Rows of 8 originals, each over its reconstruction from the posterior mean: 16 images spread over the source, but for those `skipped`."""
+    rest = np.delete(np.arange(len(source)), list(skipped))
+    images = np.stack([source[rest[i]] for i in np.linspace(0, len(rest) - 1, 16).astype(int)])
     with torch.inference_mode():
         decoded = np.concatenate([to_uint8(vae.decode(vae.encode(x)[0])) for x in from_uint8(images).to(device).split(4)])
     save_grid(np.concatenate([images[:8], decoded[:8], images[8:], decoded[8:]]), path, columns=8)
@@ -551,6 +664,7 @@ def show_reconstructions(source, vae, path, device="cpu"):
 
 def train(args):
     """Train an autoencoder by L1 + KL; the KL (to a unit Gaussian) is LDM's, summed over the latent and weighed against a sum over pixels."""
+    check_out("--out", args.out)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
@@ -607,11 +721,14 @@ def latent_std(vae, source, device, n=2048):
 
 def encode(args):
     """Encode a source into a latent cache, with a picture of reconstructions beside originals."""
+    check_out("--out", args.out, folder=True)
     device = pick_device(args.device)
     vae = load_vae(args.vae, device)
     source = open_source(args.data, args.image_size or vae.image_size)
-    encode_source(source, vae, args.out, args.batch_size, args.workers, device, pick_dtype(args.dtype, device))
-    print(f"wrote {len(source)} images of {len(source.classes)} classes to {args.out}; originals over reconstructions in {args.out}/reconstructions.png")
+    skipped = encode_source(source, vae, args.out, args.batch_size, args.workers, device, pick_dtype(args.dtype, device), args.skip_bad)
+    print(f"wrote {len(source) - len(skipped):,} images of {len(source.classes)} classes to {args.out}; originals over reconstructions in {args.out}/reconstructions.png")
+    if skipped:
+        print(f"{len(skipped):,} images could not be read and are not in it; {args.out}/skipped.txt lists them")
 
 
 def whole(text, least=0):
@@ -660,7 +777,8 @@ def main():
             add("--dtype", choices=["bf16", "fp32"], help="of autocast; weights stay float32 (default: bf16 where the hardware has it)")
         else:
             add("--vae", default=str(DEMO_VAE), help="VAE file, ours or the released one (default: %(default)s)")
-            add("--out", default="runs/latents", help="cache folder to write (default: %(default)s)")
+            add("--out", default="runs/latents", help="cache folder to write; what was begun there is gone on with (default: %(default)s)")
+            add("--skip-bad", action="store_true", help="list images that cannot be read in OUT/skipped.txt and go on (default: stop at the first)")
             add("--dtype", choices=["bf16", "fp32"], default="fp32", help="of the encoder's arithmetic; the moments are kept for good (default: fp32)")
     args = parser.parse_args()
     args.function(args)

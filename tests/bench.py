@@ -5,7 +5,7 @@
 
 Ours and the plain version take turns in one process, on the same weights and inputs; a ratio is of two neighbours, and its median and
 range are over the rounds. The plain version does what the released code does: c copied for each draw, its keys and values computed anew for each
-draw and step, the modulation for each sample, a chain's images one after the other in training, torch's own attention everywhere, a for-loop
+draw and step, weights cast at each step, the modulation for each sample, a chain's images one after the other in training, torch's own attention everywhere, a for-loop
 optimiser and average, nothing compiled.
 
 TFLOP/s: multiplications and additions of the matrix products and attentions of *our* version, forward and backward, counted by
@@ -13,6 +13,7 @@ torch.utils.flop_counter, by our time: work that is saved counts for nothing. Ce
 this run. Memory: the peak of this process's (CPU, Linux) or of torch's (CUDA) during our version; weights, optimiser and average included.
 """
 import argparse
+import copy
 import dataclasses
 import re
 import statistics
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as ours  # noqa: E402
 from model import SIZES, TransDiff, euler_maruyama  # noqa: E402
 from train import make_optimizer, update_average  # noqa: E402
-from vae import autocast, compiled, pick_device, pick_dtype, positive, run  # noqa: E402
+from vae import autocast, cast_weights, compiled, pick_device, pick_dtype, positive, run  # noqa: E402
 
 
 def ceiling(device, dtype):
@@ -139,28 +140,26 @@ def training(model, batch, repeats, device, dtype, compile):
 
 def sampling(model, batch, refs, steps, device, dtype, compile):
     """(ours, plain, operations of ours, images): a batch of chains each, guided."""
-    model.eval()
-    labels, decoder = torch.arange(batch, device=device) % model.config.num_classes, model.decoder
+    model.eval().requires_grad_(False)
+    labels, cast = torch.arange(batch, device=device) % model.config.num_classes, cast_weights(copy.deepcopy(model), dtype)
 
     def fast():
         with torch.inference_mode(), autocast(device, dtype):
-            model.sample(labels, refs, steps, cfg=1.3)
+            cast.sample(labels, refs, steps, cfg=1.3)
 
     def plain():
-        model.decoder = decoder
         with torch.inference_mode(), autocast(device, dtype):
             plain_sample(model, labels, refs, steps, 1.3)
-        model.decoder = used
 
     with FlopCounterMode(display=False) as counter:
         fast()
-    used = decoder
     if compile:
-        def trial(fast_decoder):
-            model.decoder = fast_decoder
+
+        def trial(decoder):
+            cast.decoder = decoder
             fast()
 
-        used = model.decoder = compiled(decoder, trial, mode="reduce-overhead")
+        compiled(cast.decoder, trial, mode="reduce-overhead")
     return fast, plain, counter.get_total_flops(), batch
 
 
@@ -169,9 +168,9 @@ def main():
     add = parser.add_argument
     add("--size", choices=SIZES, default="B", help="(default: B)")
     add("--batch-size", type=positive, default=2, help="chains of a training step (default: 2)")
-    add("--sample-batch-size", type=positive, default=2, help="chains drawn at once (default: 2)")
-    add("--steps", type=positive, default=4, help="evaluations an image in sampling (default: 4; the paper's is 100)")
-    add("--rounds", type=positive, default=5, help="pairs (default: 5)")
+    add("--sample-batch-size", type=positive, default=1, help="chains drawn at once (default: 1)")
+    add("--steps", type=positive, default=10, help="evaluations an image in sampling (default: 10; the paper's is 100)")
+    add("--rounds", type=positive, default=3, help="pairs (default: 3)")
     add("--only", choices=["train", "sample"], help="(default: both)")
     add("--device", help="cpu, cuda ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="(default: bf16 where the hardware has it)")

@@ -249,7 +249,6 @@ def test_errors(tmp_path, measure, net):
         ("--samples cut.npz --ref s.npz", "cut.npz: not a readable .npz"),
         ("--samples empty --ref s.npz", "empty: no images in this folder"),
         ("--samples bad --ref s.npz", r"bad/x.png: cannot be read as an image"),
-        ("--samples s.npz --ref s.npz --batch-size 0", "--batch-size"),
         ("--samples s.npz --save-stats stats", "--save-stats stats: must end in .npz"),
         ("--samples s.npz --ref s.npz --net gone.pt", "--net gone.pt: no such file; --train-net makes one"),
         ("--samples s.npz --ref s.npz --net net.txt", "--net net.txt: not a TorchScript file"),

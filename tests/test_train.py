@@ -337,5 +337,3 @@ def test_missing_inputs_say_what_to_do(project, command):
     assert "nothing.pt" in err
     _, err = command("train.py --size B --data s.npz", expect=2)
     assert "--vae: name the VAE" in err
-    _, err = command("train.py --warmup 100", expect=2)
-    assert "shares of the run" in err
