@@ -310,8 +310,8 @@ def test_a_loss_that_is_not_finite_is_not_saved(project, command):
 def test_workers_read_what_one_process_reads(project, command):
     command(f"train.py {SHORT} --steps 3 --out plain")
     command(f"train.py {SHORT} --steps 3 --workers 2 --out workers")
-    for k, v in weights(project / "plain" / "last.pt").items():
-        assert torch.equal(v, weights(project / "workers" / "last.pt")[k]), k
+    plain, workers = (weights(project / d / "last.pt") for d in ("plain", "workers"))
+    assert all(torch.equal(v, workers[k]) for k, v in plain.items())
 
 
 def test_only_decoder_and_init(project, command):
