@@ -2,6 +2,8 @@
 
     python tests/bench.py                                                           size B on a CPU, in minutes
     python tests/bench.py --size L --batch-size 64 --sample-batch-size 64 --steps 100   on a GPU
+    python tests/bench.py --only memory                                             what training needs, by count
+    python tests/bench.py --only loader                                             latents a second read from synthetic caches
 
 Ours and the plain version take turns in one process, on the same weights and inputs; a ratio is of two neighbours, and its median and
 range are over the rounds. The plain version does what the released code does: c copied for each draw, its keys and values computed anew for each
@@ -15,13 +17,17 @@ this run. Memory: the peak of this process's (CPU, Linux) or of torch's (CUDA) d
 import argparse
 import copy
 import dataclasses
+import json
+import math
 import re
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,8 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as ours  # noqa: E402
 from model import SIZES, TransDiff, euler_maruyama  # noqa: E402
-from train import make_optimizer, update_average  # noqa: E402
-from vae import autocast, cast_weights, compiled, pick_device, pick_dtype, positive, run  # noqa: E402
+from train import Chains, make_optimizer, update_average  # noqa: E402
+from vae import LatentCache, autocast, cast_weights, compiled, pick_device, pick_dtype, positive, run  # noqa: E402
 
 
 def ceiling(device, dtype):
@@ -163,19 +169,90 @@ def sampling(model, batch, refs, steps, device, dtype, compile):
     return fast, plain, counter.get_total_flops(), batch
 
 
+def kept(config, batch, repeats, checkpointing):
+    """Bytes that a loss of `batch` chains in bf16 keeps for its backward pass, each storage counted once; parameters are not."""
+    model, storages = TransDiff(config), {}
+    model.ar.grad_checkpointing = model.decoder.grad_checkpointing = checkpointing
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return x
+
+    latents = torch.randn(batch, config.refs, config.latent_channels, config.latent_size, config.latent_size)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        loss = model(latents, torch.zeros(batch, dtype=torch.int64), repeats=repeats)
+    total = sum(s.nbytes() for s in storages.values())
+    del loss
+    return total
+
+
+def counting(sizes):
+    """Memory of training: 20 bytes a parameter (float32 weights, gradients, two moments of AdamW, average), 2 for the copies of the weights in bf16, and activations.
+
+    Activations are of an eager step, with fused attention as on a GPU; torch.compile keeps less.
+    """
+    ours.attention = lambda q, k, v, mask, dropout: plain_attention(q, k, v, mask, 0.0)  # fused attention keeps no dropout masks
+    print(f"{'':12}{'weights etc.':>14}{'a chain':>12}{'checkpointed':>14}{'chains at once in 80 GB':>26}")
+    for size in sizes:
+        for name, refs, repeats in (("1-step", 1, 4), ("MRAR", 4, 2)):
+            config = dataclasses.replace(SIZES[size], refs=refs)
+            with torch.device("meta"):
+                states = 22 * sum(p.numel() for p in TransDiff(config).parameters())
+            chain = [kept(config, 2, repeats, c) - kept(config, 1, repeats, c) for c in (False, True)]
+            fit = [int((72e9 - states) // c) for c in chain]
+            print(f"{size + ' ' + name:12}{states / 1e9:11.1f} GB{chain[0] / 1e9:9.2f} GB{chain[1] / 1e9:11.2f} GB{fit[0]:12} or {fit[1]}", flush=True)
+
+
+def loading():
+    """Latents a second through train.py's loader, of caches of random bytes: start-up, workers in this process and beside it."""
+    print(f"{'':26}{'start-up s':>12}{'latents/s':>12}{'2 workers':>12}{'MB of memory':>14}")
+    for name, n, shape in (("XS, 20,000", 20_000, (2, 16, 8, 8)), ("XS, 200,000", 200_000, (2, 16, 8, 8)), ("KL-16, 20,000", 20_000, (2, 32, 16, 16))):
+        with tempfile.TemporaryDirectory() as folder:
+            with open(f"{folder}/moments.npy", "wb") as f:
+                np.lib.format.write_array_header_1_0(f, dict(descr="<f2", fortran_order=False, shape=(n, *shape)))
+                for _ in range(0, n, 1000):
+                    f.write(np.random.default_rng(0).standard_normal((1000, *shape), dtype=np.float32).astype(np.float16).tobytes())
+            np.save(f"{folder}/labels.npy", np.arange(n) % 1000)
+            Path(folder, "meta.json").write_text(json.dumps(dict(classes=list(map(str, range(1000))), scale=1.0, image_size=256, vae="", vae_digest="")))
+            start = time.perf_counter()
+            cache = LatentCache(folder)
+            chains = Chains(cache, 1, 256, seed=0)
+            chains.batch(0)
+            startup, rates = time.perf_counter() - start, []
+            for workers in (0, 2):
+                loader = iter(torch.utils.data.DataLoader(chains, batch_size=None, num_workers=workers))
+                for _ in range(4):
+                    next(loader)
+                start = time.perf_counter()
+                for _ in range(200):
+                    next(loader)
+                rates.append(200 * 256 / (time.perf_counter() - start))
+            private = sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Private_Dirty")) / 1000 if Path("/proc/self/smaps_rollup").exists() else math.nan
+            print(f"{name:26}{startup:12.2f}{rates[0]:12,.0f}{rates[1]:12,.0f}{private:14,.0f}", flush=True)
+            del loader, chains, cache
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", choices=SIZES, default="B", help="(default: B)")
+    add("--size", choices=SIZES, help="(default: B; for memory B, L and H)")
     add("--batch-size", type=positive, default=2, help="chains of a training step (default: 2)")
     add("--sample-batch-size", type=positive, default=1, help="chains drawn at once (default: 1)")
     add("--steps", type=positive, default=10, help="evaluations an image in sampling (default: 10; the paper's is 100)")
     add("--rounds", type=positive, default=3, help="pairs (default: 3)")
-    add("--only", choices=["train", "sample"], help="(default: both)")
+    add("--only", choices=["train", "sample", "memory", "loader"], help="(default: train and sample)")
     add("--device", help="cpu, cuda ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="(default: bf16 where the hardware has it)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile of ours (default: on CUDA)")
     args = parser.parse_args()
+    if args.only == "loader":
+        return loading()
+    if args.only == "memory":
+        return counting([args.size] if args.size else ["B", "L", "H"])
+    args.size = args.size or "B"
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     compile = device.type == "cuda" if args.compile is None else args.compile

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from model import SIZES, Config, TransDiff, attention_masks, euler_maruyama, load_checkpoint, load_state, timestep_embedding, warm_start
+from model import SIZES, Config, TransDiff, adams_bashforth, attention_masks, euler_maruyama, load_checkpoint, load_state, timestep_embedding, warm_start
+from vae import cast_weights
 
 # every field that the demo changes is away from its ImageNet value, and no two lengths are the same
 SMALL = Config(32, 2, 3, 2, num_classes=5, refs=4, cond_tokens=16, class_tokens=3, latent_channels=6, latent_size=8, dropout=0.0)
@@ -245,6 +246,24 @@ def test_s1_and_s2_scale_drift_and_noise_but_not_the_last_step():
     torch.testing.assert_close(out, middle + drift(middle, 0.04) * -0.04)
 
 
+@pytest.mark.parametrize("mean,std", [(1.5, 0.5), (-0.7, 0.3)])
+def test_adams_bashforth_is_of_second_order(mean, std):
+    """The flow of a Gaussian is known: x_0 = mean + std x_1. Half the step, a quarter of the error; Euler would have half."""
+
+    def velocity(x, t):
+        variance = (1 - t) ** 2 * std**2 + t**2
+        return -mean + (t - (1 - t) * std**2) / variance * (x - (1 - t) * mean)
+
+    x, calls = torch.linspace(-2, 2, 9, dtype=torch.float64), []
+    errors = []
+    for steps in (40, 80, 160):
+        calls.clear()
+        out = adams_bashforth(lambda x, t: calls.append(t) or velocity(x, t.double()), x, steps)
+        errors.append((out - (mean + std * x)).abs().max().item())
+        assert len(calls) == steps and calls[0] == 1 and all(t.ndim == 0 and t > 0 for t in calls)  # never at t = 0, where no t is drawn in training
+    assert errors[0] < 0.05 and 3 < errors[0] / errors[1] < 5.5 and 3 < errors[1] / errors[2] < 5.5
+
+
 # ------------------------------------------------------------------------------------------ guidance and the chain
 
 
@@ -265,6 +284,54 @@ def test_guidance_of_one_costs_one_evaluation_a_step(evaluations):
     evaluations.clear()
     model.sample(labels, refs=2, steps=3, cfg=1.5)
     assert [n for n, _ in evaluations] == [4] * 6  # both branches in one batch
+
+
+def test_guidance_in_an_interval(evaluations):
+    """Both branches where t is in it, one elsewhere; all of it is plain guidance, none of it is none."""
+    model, labels, noise = build(SMALL), torch.tensor([0, 1]), torch.randn(2, 6, 8, 8)
+
+    def draw(**how):
+        torch.manual_seed(0)
+        return model.sample(labels, refs=1, steps=5, noise=noise, **how)
+
+    draw(cfg=1.5, cfg_interval=(0.2, 0.8))
+    assert [n for n, _ in evaluations] == [2, 4, 4, 4, 2]  # t = 1, .76, .52, .28, .04
+    assert torch.equal(draw(cfg=1.5), draw(cfg=1.5, cfg_interval=(0.0, 1.0)))
+    torch.testing.assert_close(draw(cfg=1.5, cfg_interval=(0.9, 0.95)), draw(cfg=1.0))
+    assert not torch.allclose(draw(cfg=1.5, cfg_interval=(0.2, 0.8)), draw(cfg=1.5))
+
+
+def test_adams_bashforth_needs_no_noise_but_the_first():
+    model, labels, noise = build(SMALL), torch.tensor([0, 1]), torch.randn(2, 6, 8, 8)
+    a, b = (model.sample(labels, steps=3, cfg=1.5, s1=s, noise=noise, noise_sampler=None, sampler="adams-bashforth") for s in (1.0, 0.5))
+    assert torch.equal(a, b) and a.shape == (2, 4, 6, 8, 8)
+
+
+def test_weights_cast_once_are_the_weights_that_autocast_casts():
+    model, labels, noise = build(SMALL), torch.tensor([0, 1]), torch.randn(2, 6, 8, 8)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        a, b = (m.sample(labels, steps=2, cfg=1.5, s2=0, noise=noise) for m in (model, cast_weights(build(SMALL), torch.bfloat16)))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("refs", [1, 4])
+def test_gradient_checkpointing_changes_nothing_but_memory(refs):
+    config = dataclasses.replace(SMALL, refs=refs, dropout=0.3)
+    model, grads, kept = build(config).train(), [], []
+    latents, labels = chain(config)
+    for checkpointing in (False, True):
+        model.ar.grad_checkpointing = model.decoder.grad_checkpointing = checkpointing
+        saved = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            loss = model.loss(latents, labels, repeats=2)
+        loss.backward()
+        kept.append(sum(saved))
+        grads.append([loss.detach()] + [p.grad for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+    assert kept[1] < kept[0] / 3
 
 
 def test_guidance_mixes_the_drifts_and_keeps_the_references():

@@ -1,5 +1,6 @@
 """Stages 1 and 2: the order of the data, the recipe, resume, and the commands as a user runs them."""
 import csv
+import dataclasses
 import re
 import shutil
 import signal
@@ -12,7 +13,7 @@ import torch
 from test_vae import small_vae
 
 from model import SIZES, TransDiff, load_checkpoint, load_file
-from train import RECIPES, Chains, learning_rate, make_optimizer, update_average
+from train import RECIPES, Chains, draw, learning_rate, make_optimizer, update_average
 
 
 def fake_cache(counts, seed=0):
@@ -85,6 +86,22 @@ def test_both_mirror_images_are_drawn():
     assert 60 < flips.sum() < 140
 
 
+def test_draws_belong_to_their_chain():
+    config = dataclasses.replace(SIZES["XS"], refs=4)
+    together, alone = draw(config, 2, "logit-normal", range(5, 9), "cpu"), draw(config, 2, "logit-normal", range(7, 8), "cpu")
+    assert [tuple(x.shape) for x in together] == [(4,), (4, 8), (4, 8, 8, 8, 8), (4, 4, 8, 8, 8)]
+    assert all(torch.equal(a[2:3], b) for a, b in zip(together, alone)) and together[1].unique().numel() == 32
+    dropped, t, eps, noise = draw(config, 2, "uniform", range(3000), "cpu")
+    assert abs(dropped.float().mean() - config.label_dropout) < 0.02 and abs(t.mean() - 0.5) < 0.01 and abs(t.std() - 12**-0.5) < 0.01
+    assert abs(eps.std() - 1) < 0.01 and abs(noise.std() - 1) < 0.01 and abs((eps[:, 0] * noise[:, 0]).mean()) < 0.01
+
+
+def test_a_compiler_that_fails_costs_one_line(project, command):
+    (project / "broken.py").write_text(BROKEN_COMPILER)
+    _, err = command(f"train.py {SHORT} --steps 1 --compile", launcher=(sys.executable, "broken.py"))
+    assert err.count("warning: torch.compile failed") == 1 and "no such compiler" in err and "Traceback" not in err
+
+
 def test_recipe_of_appendix_b():
     r = RECIPES["1-step"]
     assert (r["batch_size"], r["lr"], r["epochs"], r["warmup"] * r["epochs"], r["ema"], r["repeats"]) == (2048, 8e-4, 800, 100, 0.9999, 4)
@@ -137,6 +154,19 @@ train.write_whole = save
 train.main()
 """
 
+
+BROKEN_COMPILER = """
+import os, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import torch
+compile = torch.compile
+def broken(graph, inputs):
+    raise RuntimeError("no such compiler")
+torch.compile = lambda m, **options: compile(m, backend=broken)
+import train
+train.main()
+"""
 
 # In the middle of a step: the loss of its second micro-batch never comes back.
 KILL_IN_THE_SEVENTH_MICRO_BATCH = """
