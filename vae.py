@@ -626,7 +626,7 @@ def compiled(module, trial, **options):
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # of a dozen types, by the place where it fails
-        reason = next((line for line in reversed(str(e).splitlines()) if line.strip()), "")[:200]
+        reason = " ".join(str(e).split("\n\n")[0].split())[:200]  # what follows is advice on debugging
         print(f"{Path(sys.argv[0]).name}: warning: torch.compile failed, so it goes on without, slower; --no-compile does not try ({type(e).__name__}: {reason})", file=sys.stderr)
         trial(module)
         return module
