@@ -416,13 +416,13 @@ def synthetic_cache(path, n):
     (path / "meta.json").write_text(json.dumps(meta))
 
 
-MEMORY = "import sys; sys.path.insert(0, {root!r}); import resource, time, vae, train; t = time.time(); c = train.Chains(vae.LatentCache({path!r}), {refs}, 256, 0); [c.batch(s) for s in range(20)]; print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+MEMORY = "import sys; sys.path.insert(0, {root!r}); import re, time, vae, train; t = time.time(); c = train.Chains(vae.LatentCache({path!r}), {refs}, 256, 0); [c.batch(s) for s in range(20)]; print(time.time() - t, re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("refs", [1, 4])
 def test_a_million_images_cost_no_more_memory_than_their_labels(tmp_path, refs):
-    """Start-up and 20 steps, of 10,000 and of 1,000,000 images: seconds, and peak memory but for pages of the file that the machine may take back."""
+    """Start-up and 20 steps, of 10,000 and of 1,000,000 images: seconds, and memory but for the pages of the file, which the machine may take back."""
     results = {}
     for n in (10_000, 1_000_000):
         synthetic_cache(tmp_path / str(n), n)
@@ -431,7 +431,7 @@ def test_a_million_images_cost_no_more_memory_than_their_labels(tmp_path, refs):
         results[n] = float(seconds), int(peak) / 1000
     print(results)
     assert results[1_000_000][0] < results[10_000][0] + 10
-    assert results[1_000_000][1] < results[10_000][1] + 1500  # MB: the 1 GiB that is looked at, and 8 bytes an image a few times over
+    assert results[1_000_000][1] < results[10_000][1] + 100  # MB: labels and order, 8 bytes an image each, a few times over
 
 
 # ------------------------------------------------------------------------------------------ fuzz and kills
