@@ -188,21 +188,34 @@ def kept(config, batch, repeats, checkpointing):
     return total
 
 
+def a_chain(config, repeats, checkpointing):
+    """Bytes kept for one more chain: measured on one and two blocks of each kind, of which a model has many, all alike."""
+
+    def measured(ar_depth, dit_depth):
+        short = dataclasses.replace(config, ar_depth=ar_depth, dit_depth=dit_depth)
+        return kept(short, 2, repeats, checkpointing) - kept(short, 1, repeats, checkpointing)
+
+    one = measured(1, 1)
+    return one + (config.ar_depth - 1) * (measured(2, 1) - one) + (config.dit_depth - 1) * (measured(1, 2) - one)
+
+
 def counting(sizes):
-    """Memory of training: 20 bytes a parameter (float32 weights, gradients, two moments of AdamW, average), 2 for the copies of the weights in bf16, and activations.
+    """Operations of training, and memory: 20 bytes a parameter (float32 weights, gradients, two moments of AdamW, average), 2 for the copies of the weights in bf16, and activations.
 
     Activations are of an eager step, with fused attention as on a GPU; torch.compile keeps less.
     """
     ours.attention = lambda q, k, v, mask, dropout: plain_attention(q, k, v, mask, 0.0)  # fused attention keeps no dropout masks
-    print(f"{'':12}{'weights etc.':>14}{'a chain':>12}{'checkpointed':>14}{'chains at once in 80 GB':>26}")
+    print(f"{'':12}{'TFLOP a chain':>14}{'weights etc.':>14}{'a chain':>12}{'checkpointed':>14}{'chains at once in 80 GB':>26}")
     for size in sizes:
         for name, refs, repeats in (("1-step", 1, 4), ("MRAR", 4, 2)):
             config = dataclasses.replace(SIZES[size], refs=refs)
-            with torch.device("meta"):
-                states = 22 * sum(p.numel() for p in TransDiff(config).parameters())
-            chain = [kept(config, 2, repeats, c) - kept(config, 1, repeats, c) for c in (False, True)]
+            with torch.device("meta"), FlopCounterMode(display=False) as counter:
+                model = TransDiff(config)
+                model(torch.empty(1, refs, 16, 16, 16), torch.empty(1, dtype=torch.int64), repeats=repeats).backward()
+            states = 22 * sum(p.numel() for p in model.parameters())
+            chain = [a_chain(config, repeats, c) for c in (False, True)]
             fit = [int((72e9 - states) // c) for c in chain]
-            print(f"{size + ' ' + name:12}{states / 1e9:11.1f} GB{chain[0] / 1e9:9.2f} GB{chain[1] / 1e9:11.2f} GB{fit[0]:12} or {fit[1]}", flush=True)
+            print(f"{size + ' ' + name:12}{counter.get_total_flops() / 1e12:14.2f}{states / 1e9:11.1f} GB{chain[0] / 1e9:9.2f} GB{chain[1] / 1e9:11.2f} GB{fit[0]:12} or {fit[1]}", flush=True)
 
 
 def loading():
