@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import zipfile
-import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -160,8 +159,8 @@ def find_images(path):
                 return Images(path, 0, None, None, None)
             with z.open(f"{key}.npy") as f:
                 shape, dtype = npy_header(f)
-    except (zipfile.BadZipFile, EOFError, ValueError) as e:
-        raise ValueError(f"{path}: not a readable .npz ({e})") from None
+    except Exception as e:  # zipfile, zlib and numpy raise a dozen types, depending on which byte is wrong
+        raise ValueError(f"{path}: not a readable .npz ({type(e).__name__}: {e})") from None
     if dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)) or 0 in shape:
         raise ValueError(f"{path}: images are {dtype} {shape}, expected uint8 [N, H, W, 3]")
     return Images(path, shape[0], shape[1:3], None, key)
@@ -202,8 +201,8 @@ def batches(images, size, crop, batch_size, rank=0, world=1):
                         continue
                     rows = np.broadcast_to(rows, (*rows.shape[:3], 3))
                     yield rows if images.size == size else np.stack([center_crop(Image.fromarray(row.copy()), size[0]) for row in rows])
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as e:
-            raise ValueError(f"{images.path}: not a readable .npz ({e})") from None
+        except Exception as e:
+            raise ValueError(f"{images.path}: not a readable .npz ({type(e).__name__}: {e})") from None
 
 
 def load_statistics(path, network):
@@ -214,8 +213,8 @@ def load_statistics(path, network):
                 return None
             mu, sigma = (torch.from_numpy(data[k].astype(np.float64)) for k in ("mu", "sigma"))
             made_by = str(data["network"]) if "network" in data else network  # ADM's files do not say: Inception
-    except (zipfile.BadZipFile, EOFError, ValueError) as e:
-        raise ValueError(f"{path}: not a readable .npz ({e})") from None
+    except Exception as e:
+        raise ValueError(f"{path}: not a readable .npz ({type(e).__name__}: {e})") from None
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (mu.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"{path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} are not the finite statistics [D], [D, D] of features")
     if made_by != network:
@@ -391,7 +390,10 @@ def evaluate(args):
         net_path = fetch(INCEPTION, Path(torch.hub.get_dir()) / "transdiff" / Path(INCEPTION).name)
         if world > 1 and rank == 0:
             dist.barrier()
-    net, width = load_net(net_path, device, size)
+    try:
+        net, width = load_net(net_path, device, size)
+    except ValueError as e:
+        raise ValueError(e if args.net else f"{e}; remove the file to fetch it again") from None
     network = hashlib.sha256(Path(net_path).read_bytes()).hexdigest()
     known = load_statistics(args.ref, network) if args.ref and not reference.files else None
     if known is None and args.ref and reference.count < 2:

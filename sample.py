@@ -213,7 +213,10 @@ def main():
             fetch_released(RELEASED[args.pretrained]), fetch_released("vae")
         dist.barrier()
     ckpt = fetch_released(RELEASED[args.pretrained]) if args.pretrained else Path(args.ckpt or DEMO_MODEL)
-    model = cast_weights(load_checkpoint(ckpt, device), dtype)
+    try:
+        model = cast_weights(load_checkpoint(ckpt, device), dtype)
+    except ValueError as e:
+        raise ValueError(f"{e}; remove the file to fetch it again" if args.pretrained else e) from None
     vae_path = Path(args.vae or (fetch_released("vae") if args.pretrained else model.info.get("vae", "")))
     if not vae_path.is_file() and not args.vae and digest(DEMO_VAE.read_bytes()) == model.info.get("vae_digest"):
         vae_path = DEMO_VAE  # the model names it by its path from the folder that it was trained in

@@ -233,9 +233,9 @@ def train(args, refs=1):
     args.data = args.data or (str(DEMO_DATA) if args.size == "XS" else "latents")
     if args.only_decoder and not (args.init or args.resume):
         raise ValueError("--only-decoder: needs --init, the model whose AR Transformer it keeps")
-    share = world * args.accumulate
-    if args.batch_size % share:
-        wanted = -(-args.batch_size // share) * share
+    parts = world * args.accumulate
+    if args.batch_size % parts:
+        wanted = -(-args.batch_size // parts) * parts
         raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of {world} processes x --accumulate {args.accumulate}, e.g. {wanted}")
 
     # data and model
@@ -277,8 +277,8 @@ def train(args, refs=1):
     model.ar.grad_checkpointing = model.decoder.grad_checkpointing = bool(args.grad_checkpointing)
     share, micro = args.batch_size // world, args.batch_size // world // args.accumulate
     seeds = lambda step: range(seed_of(args.seed, step) + rank * share, seed_of(args.seed, step) + (rank + 1) * share)  # noqa: E731, of this rank's chains
-    forward = model
-    if device.type == "cuda" if args.compile is None else args.compile:
+    forward, compile = model, device.type == "cuda" if args.compile is None else args.compile
+    if compile:
         dropped, t, eps, noise = draw(config, args.repeats, args.t, range(micro), device)
         with autocast(device, dtype):
             batch = dict(latents=noise, labels=torch.zeros(micro, dtype=torch.int64, device=device), t=t, noise=eps, dropped=dropped)
@@ -305,8 +305,8 @@ def train(args, refs=1):
             write_whole(out / name, lambda f: torch.save(dict(info, model=weights), f))
 
     stop = []  # SIGTERM or Ctrl-C: finish the step, save, leave; a second one leaves at once
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     loader = iter(torch.utils.data.DataLoader(chains, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
     if rank == 0:
         start_log(out / "log.csv", step)

@@ -8,6 +8,7 @@ a pixel: it is trained on, and draws, the latents of this autoencoder (Section 3
 latent space"). The paper's is LDM's KL-16, whose parameter names are kept, so that the released file loads as it is.
 """
 import argparse
+import errno
 import hashlib
 import http.client
 import json
@@ -409,7 +410,7 @@ def encode_source(source, vae, out, batch_size=32, workers=0, device="cpu", dtyp
     if source.size % vae.factor:
         raise ValueError(f"--image-size {source.size}: must be a multiple of {vae.factor} for {vae.path}")
     meta = dict(classes=source.classes, scale=vae.scale, image_size=source.size, vae=vae.path, vae_digest=vae.digest)
-    identity = dict(meta, images=source.digest, batch_size=batch_size, dtype=str(dtype), skip_bad=skip_bad)
+    identity = dict(meta, images=source.digest, batch_size=batch_size, dtype=str(dtype))
     done = dict(identity, next=0, skipped=[])  # images before `next` are in moments.npy or in skipped: [index, message]
     if (partial / "done.json").exists():
         done = json.loads((partial / "done.json").read_text())
@@ -464,8 +465,8 @@ def encode_source(source, vae, out, batch_size=32, workers=0, device="cpu", dtyp
         (partial / "skipped.txt").write_text("".join(f"{message}\n" for _, message in done["skipped"]))
     show_reconstructions(source, vae, partial / "reconstructions.png", device, skipped)
     (partial / "meta.json").write_text(json.dumps(meta))
-    (partial / "done.json").unlink()
     partial.rename(out)
+    (out / "done.json").unlink()
     return [message for _, message in done["skipped"]]
 
 
@@ -530,7 +531,7 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
         tmp.unlink(missing_ok=True)
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
-        raise OSError(f"{path}: could not be written ({reason}); what was there is as it was") from None
+        raise OSError(getattr(e, "errno", None) or errno.EIO, f"could not be written ({reason}); what was there is as it was", str(path)) from None
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
@@ -644,6 +645,7 @@ def run(main):
         sys.exit(2)
     except (ValueError, OSError) as e:
         line = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e).strip().splitlines()[-1]
+        line += "; make room, then give the command again (in training with --resume)" if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         line = line.removeprefix("ValueError: ")  # what a loader's worker raises comes wrapped in its traceback
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.exit(2)

@@ -121,6 +121,8 @@ def hub(tmp_path):
     """A server of the released layout; .cut makes it drop the connection after so many bytes, .ranges collects what was asked for."""
     files = {f"{folder}/checkpoint-last.pth": write_released(kind, tmp_path / f"{kind}.pth").read_bytes() for folder, kind in (("transdiff_b", "one_step"), ("transdiff_b_mrar", "mrar"), ("vae", "vae"))}
 
+    files["transdiff_l_mrar/checkpoint-last.pth"] = b"<html>please log in</html>"
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             prefix = "/zhendch/Transdiff/resolve/main/"
@@ -165,6 +167,11 @@ def test_pretrained_fetches_resumes_and_draws(tmp_path, command, hub):
     whole.rename(f"{whole}.part")
     command("sample.py --pretrained B-mrar --class 1 --n 1 --refs 1 --steps 1", env=hub.env)
     assert whole.exists()
+
+
+def test_a_download_of_something_else_is_named_with_the_remedy(command, hub, tmp_path):
+    _, err = command("sample.py --pretrained L-mrar", expect=2, env=hub.env)
+    assert "L-mrar" not in err and "transdiff_l_mrar/checkpoint-last.pth: not a readable checkpoint" in err and "remove the file to fetch it again" in err
 
 
 def test_no_network_is_one_line(command, tmp_path):
