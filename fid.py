@@ -8,6 +8,7 @@
 Samples and reference: a folder of images, or an .npz of uint8 images (arr_0 or images). Under torchrun the images are split over the processes.
 """
 import argparse
+import datetime
 import hashlib
 import io
 import json
@@ -376,19 +377,17 @@ def evaluate(args):
         raise ValueError(f"--ref {args.ref}: images of {reference.size[0]} x {reference.size[1]} px, the samples have {size[0]} x {size[1]}; --image-size N crops both to N x N")
 
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else None))
+    device = pick_device(args.device)
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))  # one downloads, the others wait
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # its rounding shows in FID
 
     net_path = args.net
     if net_path is None:
-        if world > 1 and rank > 0:
-            dist.barrier()  # rank 0 downloads
+        if world > 1 and local > 0:
+            dist.barrier()  # one process of each machine downloads
         net_path = fetch(INCEPTION, Path(torch.hub.get_dir()) / "transdiff" / Path(INCEPTION).name)
-        if world > 1 and rank == 0:
+        if world > 1 and local == 0:
             dist.barrier()
     try:
         net, width = load_net(net_path, device, size)

@@ -1,7 +1,7 @@
 """Stage 2: fine-tune a 1-step model with Multi-Reference Autoregression (Section 3.2.2; recipe of Appendix B).
 
     python finetune_mrar.py                                                  the XS demo, after python train.py
-    torchrun --nproc_per_node 8 finetune_mrar.py --size B --data LATENTS     the paper's recipe, after train.py --size B
+    torchrun --nproc_per_node 8 finetune_mrar.py --size B --data LATENTS --accumulate 8    the paper's recipe, after train.py --size B
 
 The loop is train.py's. What differs: a sample is a chain of `refs` images of one class (Eq. 11), drawn afresh every epoch, the mask is
 block-causal (Figure 3 e), and the run starts from stage 1: its mask embedding is copied into every mask token and its positions are kept.
@@ -15,7 +15,7 @@ from vae import run
 def main():
     parser = make_parser(__doc__, "runs/mrar", ("XS MRAR", "MRAR"))
     parser.add_argument("--init", default="runs/train/last.pt", help="1-step checkpoint whose averaged weights to start from (default: %(default)s)")
-    parser.add_argument("--refs", type=int, choices=(4, 16, 64), default=4, help="images in a chain (default: 4, the paper's best)")
+    parser.add_argument("--refs", type=int, choices=(4, 16, 64), help="images in a chain (default: 4, the paper's best)")
     parser.set_defaults(only_decoder=False)
     args = parser.parse_args()
     if not args.resume and not Path(args.init).exists():

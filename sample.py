@@ -193,7 +193,7 @@ def main():
     add("--dtype", choices=["bf16", "fp32"], help="of the arithmetic (default: bf16 where the hardware has it)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile, with CUDA graphs for batches of 8 or less; a minute before the first image (default: with --num on CUDA)")
     args = parser.parse_args()
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if args.pretrained and args.ckpt:
         raise ValueError("--ckpt and --pretrained both name a model; give one")
     kinds = [name for name in ("num", "show_chain", "fuse", "features") if getattr(args, name)]
@@ -203,7 +203,11 @@ def main():
     if Path(args.out).suffix not in suffixes:
         raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
     check_out("--out", args.out)
-    device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
+    if world > 1 and not args.out.endswith(".npz"):
+        raise ValueError(f"--out {args.out}: several processes draw into an .npz only; pictures are drawn without torchrun")
+    if world != int(os.environ.get("LOCAL_WORLD_SIZE", world)):
+        raise ValueError("torchrun --nnodes: the processes write one file together, so they must be on one machine; give each machine its own --seed and --out instead")
+    device = pick_device(args.device)
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # for its barrier alone: ranks meet when the first and the last are done
     dtype = pick_dtype(args.dtype, device)
@@ -246,7 +250,7 @@ def main():
         def trial(decoder):
             model.decoder = decoder
             with torch.inference_mode(), autocast(device, dtype):
-                model.sample(torch.tensor(labels[: args.batch_size], device=device), 1, **dict(settings(args), steps=1))
+                model.sample(torch.tensor(labels[: args.batch_size], device=device), min(2, refs), **dict(settings(args), steps=3))  # as far as a graph's replay
 
         # CUDA graphs copy c's keys and values at every step, so they pay where launching kernels takes longer than running them
         compiled(model.decoder, trial, mode="reduce-overhead" if min(args.batch_size, len(labels)) <= 8 else "default")

@@ -1,7 +1,7 @@
 """Stage 1: train TransDiff, 1-step AR, on a latent cache (Section 3.2.1; recipe of Appendix B).
 
     python train.py                                               the XS demo on the bundled images, minutes on a CPU
-    torchrun --nproc_per_node 8 train.py --size B --data LATENTS  the paper's recipe on ImageNet latents
+    torchrun --nproc_per_node 8 train.py --size B --data LATENTS --accumulate 8    the paper's recipe on ImageNet latents
 
 A run writes OUT/last.pt (everything needed to go on: --resume), OUT/ema.pt (averaged weights in float16: what sample.py takes),
 OUT/log.csv and pictures of samples. finetune_mrar.py is stage 2 and runs this same loop on chains of images.
@@ -122,7 +122,7 @@ def draw(config, repeats, t_distribution, seeds, device):
 
 
 def latent_cache(args, device, rank):
-    """The cache at --data; where --data is a source of images, it is encoded first, once: the cache's name tells the images and the VAE."""
+    """The cache at --data; where --data is a source of images, it is encoded first, once: the cache's name tells the images (of a folder, the names of its files) and the VAE."""
     path = Path(args.data)
     if path.suffix == ".npz" or path.is_dir() and not (path / "meta.json").exists() and not (path / "moments.npy").exists():
         vae = args.vae or (DEMO_VAE if args.size == "XS" else None)
@@ -165,13 +165,19 @@ def draw_samples(model, cache, args, device, dtype, path):
     """A picture: 4 images (the last of each chain) in a row for each of the first ten classes, from the averaged weights."""
     if not Path(cache.vae).exists():
         return f"no picture of samples: {cache.vae}, which made the latents, is not there"
-    vae, n = load_vae(cache.vae, device), min(10, len(cache.classes))
+    try:
+        vae, n = load_vae(cache.vae, device), min(10, len(cache.classes))
+    except ValueError as e:
+        return f"no picture of samples: {e}"
     generator = torch.Generator(device).manual_seed(args.seed)
     randn = lambda x: torch.randn(x.shape, generator=generator, device=device)  # noqa: E731
     labels = torch.arange(n, device=device).repeat_interleave(4)
     with torch.inference_mode(), autocast(device, dtype):
         latents = model.sample(labels, noise_sampler=randn, **sampling_settings(model.config, args.name))[:, -1]
-        save_grid(pixels(vae, latents), path, columns=4)
+        try:
+            save_grid(pixels(vae, latents), path, columns=4)
+        except ValueError as e:
+            return f"no picture of samples: {e}"
     return f"wrote {path}"
 
 
@@ -179,6 +185,12 @@ def draw_samples(model, cache, args, device, dtype, path):
 def update_average(averaged, model, decay):
     """averaged <- decay averaged + (1 - decay) weights."""
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+
+
+def ignore_signals(worker):
+    """In a loader's worker: it ends with the process that reads from it, which may have something to save first."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -193,18 +205,15 @@ LOG = ["step", "epoch", "loss", "grad_norm", "lr", "images_per_second"]
 
 def start_log(path, step):
     """Head the log; of a resumed run keep the rows up to the checkpoint, since those after it will come again."""
-    rows = list(csv.reader(open(path)))[1:] if step and path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows([LOG] + [row for row in rows if int(row[0]) <= step])
+    lines = path.read_text(errors="replace").splitlines()[1:] if step and path.exists() else []
+    kept = [line for line in lines if line.split(",")[0].isdecimal() and int(line.split(",")[0]) <= step]
+    write_whole(path, lambda f: f.write("".join(f"{line}\n" for line in [",".join(LOG), *kept]).encode()))
 
 
-def train(args, refs=1):
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else None))
+def train(args, refs):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         # the other ranks wait for rank 0 to encode images and to draw pictures
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
@@ -215,12 +224,15 @@ def train(args, refs=1):
 
     # the recipe, then what a resumed run was started with, then what was given on the command line
     last = load_file(out / "last.pt") if args.resume else None
+    if last is not None and not (isinstance(last, dict) and {"args", "config", "model", "model_ema", "optimizer", "step"} <= last.keys() and isinstance(last["args"], dict)):
+        raise ValueError(f"{out}/last.pt: not the last.pt of a run, so there is nothing to go on from")
     before = last["args"] if last else {}
     given = {k: v for k, v in vars(args).items() if v is not None}
     if given.keys() >= {"steps", "epochs"}:
         raise ValueError("--steps and --epochs both set the length of the run; give one")
-    differ = [f"{k} {before[k]} there, {given[k]} here" for k in ("size", "seed", "batch_size") if k in before and given.get(k, before[k]) != before[k]]
+    differ = [f"{k} {before[k]} there, {given[k]} here" for k in ("size", "seed", "batch_size", "weight_decay") if k in before and given.get(k, before[k]) != before[k]]
     args.size = given.get("size") or before.get("size", "XS")
+    args.refs = refs = refs or max(4, before.get("refs", 4))  # finetune_mrar.py: as given, as begun, or 4
     args.name = args.size if refs == 1 else f"{args.size}-mrar"
     recipe = COMMON | RECIPES[recipe_name(args.size, refs, args.only_decoder or before.get("only_decoder"))] | before
     if "epochs" in given:
@@ -246,7 +258,7 @@ def train(args, refs=1):
     model = TransDiff(config)
     if last:
         differ += [f"{k} {v} there, {getattr(config, k)} here" for k, v in last["config"].items() if getattr(config, k) != v]
-        differ += [f"{k} {last[k]} there, {getattr(cache, k)} here" for k in ("classes", "vae_digest") if last[k] != getattr(cache, k)]
+        differ += [f"{k} {last[k]} there, {v} here" for k, v in (("classes", cache.classes), ("vae_digest", cache.vae_digest), ("images", len(cache))) if last.get(k, v) != v]
         if differ:
             raise ValueError(f"{out}/last.pt is of another run: {', '.join(differ)}")
         model.load_state_dict(last["model"])
@@ -279,14 +291,15 @@ def train(args, refs=1):
     seeds = lambda step: range(seed_of(args.seed, step) + rank * share, seed_of(args.seed, step) + (rank + 1) * share)  # noqa: E731, of this rank's chains
     forward, compile = model, device.type == "cuda" if args.compile is None else args.compile
     if compile:
+        torch._dynamo.config.optimize_ddp = False  # one graph, the one that is tried here
         dropped, t, eps, noise = draw(config, args.repeats, args.t, range(micro), device)
         with autocast(device, dtype):
-            batch = dict(latents=noise, labels=torch.zeros(micro, dtype=torch.int64, device=device), t=t, noise=eps, dropped=dropped)
+            batch = dict(latents=noise * cache.scale, labels=torch.zeros(micro, dtype=torch.int64, device=device), t=t, noise=eps, dropped=dropped)
             forward = compiled(model, lambda m: m(**batch).backward())
         model.zero_grad(set_to_none=True)
     if world > 1:
         forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-        control = dist.new_group(backend="gloo")  # what the processes tell each other beside gradients, without waiting for a GPU
+        control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))  # what the processes tell each other beside gradients, without waiting for a GPU
     count = sum(p.numel() for p in model.parameters())
     log(
         f"TransDiff-{args.name}: {count:,} parameters on {world} x {device.type} in {str(dtype)[6:]}; {len(cache):,} images of {len(cache.classes)} classes, "
@@ -297,17 +310,23 @@ def train(args, refs=1):
         if rank:
             return
         weights = {k: v.half() for k, v in averaged.state_dict().items()}
-        info = dict(config=dataclasses.asdict(config), size=args.name, step=step, classes=cache.classes, vae=cache.vae, vae_digest=cache.vae_digest)
+        info = dict(config=dataclasses.asdict(config), size=args.name, step=step, classes=cache.classes, vae=cache.vae, vae_digest=cache.vae_digest, images=len(cache))
         states = dict(model=model.state_dict(), model_ema=averaged.state_dict(), optimizer=optimizer.state_dict())
         kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "init", "device")}
         write_whole(out / "last.pt", lambda f: torch.save(dict(info, **states, args=kept), f))
         for name in ["ema.pt"] + ([f"ema-{step:07d}.pt"] if keep else []):
             write_whole(out / name, lambda f: torch.save(dict(info, model=weights), f))
 
-    stop = []  # SIGTERM or Ctrl-C: finish the step, save, leave; a second one leaves at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    loader = iter(torch.utils.data.DataLoader(chains, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
+    stop = []  # SIGTERM or Ctrl-C, and when: finish the step, save, leave
+
+    def leave(signum, frame):
+        if stop and time.time() > stop[0][1] + 5:  # asked again, not told twice by a launcher: at once
+            sys.exit(128 + signum)
+        stop.append((signum, time.time()))
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, leave)
+    loader = iter(torch.utils.data.DataLoader(chains, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
     if rank == 0:
         start_log(out / "log.csv", step)
     window, window_loss, started = 0, torch.zeros((), device=device), time.time()
@@ -329,7 +348,13 @@ def train(args, refs=1):
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.clip)
         if not math.isfinite(norm):  # before the optimiser touches the weights
             with autocast(device, dtype):
-                bad = not_finite(model, batch, chains.indices(step))
+                found = [not_finite(model, batch, chains.indices(step))]
+            if world > 1:
+                found *= world
+                dist.all_gather_object(found, found[0], group=control)
+                if rank:
+                    sys.exit(2)  # rank 0 tells
+            bad = sum(found, [])
             what, images = ("loss", bad) if bad else ("gradient", chains.indices(step).ravel().tolist())
             shown = ", ".join(map(str, images[:16])) + (f" and {len(images) - 16} more" if len(images) > 16 else "")
             raise ValueError(f"the {what} of step {step + 1} is not finite, of images {shown} in {cache.path}; --resume goes on from the last checkpoint, with a smaller --lr perhaps")
@@ -353,7 +378,7 @@ def train(args, refs=1):
             if rank == 0:
                 row = [step, f"{step / per_epoch:.3f}", f"{mean.item():.5f}", f"{norm.item():.4f}", f"{learning_rate(step - 1, args):.3e}", f"{rate:.1f}"]
                 with open(out / "log.csv", "a", newline="") as f:
-                    csv.writer(f).writerow(row)
+                    csv.writer(f, lineterminator="\n").writerow(row)
             bar.set_postfix(loss=f"{mean.item():.4f}", images=f"{rate:.0f}/s")
             window, started = 0, time.time()
             window_loss.zero_()
@@ -363,8 +388,9 @@ def train(args, refs=1):
             bar.close()
             log(f"stopped at step {step}; {out}/last.pt is saved, --resume goes on with it")
             if world > 1:
+                dist.barrier(group=control)  # else a launcher that sees the others leave would end rank 0 in the middle of its file
                 dist.destroy_process_group()
-            sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
+            sys.exit(128 + (stop[0][0] if stop else signal.SIGTERM))
         picture = args.sample_every and (done or step % args.sample_every == 0)
         if picture and rank == 0:
             tqdm.write(draw_samples(averaged, cache, args, device, dtype, out / f"samples-{step:07d}.png"))
@@ -395,7 +421,7 @@ def make_parser(doc, out, recipes):
     add("--warmup", type=number(0, 1), help="first share of the run over which the learning rate rises, 0 to 1")
     add("--cooldown", type=number(0, 1), help="last share of the run over which the learning rate falls to 0, 0 to 1")
     add("--weight-decay", type=number(0), help="of the AR Transformer's matrices")
-    add("--clip", type=number(0), help="largest norm of the gradient")
+    add("--clip", type=number(1e-6), help="largest norm of the gradient")
     add("--ema", type=number(0, 1), help="decay per step of the averaged weights, 0 to 1")
     add("--repeats", type=positive, help="draws of (t, noise) an image")
     add("--t", choices=["logit-normal", "uniform"], help="distribution of t: the release's, or Eq. 5's")
@@ -407,7 +433,7 @@ def make_parser(doc, out, recipes):
     add("--workers", type=whole, help="processes that read latents; 0 reads in this one, 2 or more keep a GPU busy")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast; weights stay float32 (default: bf16 where the hardware has it)")
-    add("--grad-checkpointing", action="store_true", default=None, help="compute activations twice instead of keeping them: about a third slower, for H on small GPUs")
+    add("--grad-checkpointing", action=argparse.BooleanOptionalAction, help="compute activations twice instead of keeping them: about a third slower, for H on small GPUs")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
 
@@ -416,7 +442,7 @@ def main():
     parser = make_parser(__doc__, "runs/train", ("XS 1-step", "1-step", "512 px"))
     parser.add_argument("--init", help="checkpoint whose averaged weights to start from")
     parser.add_argument("--only-decoder", action="store_true", default=None, help="freeze the AR Transformer: the 512 px recipe, with --init and --image-size 512")
-    train(parser.parse_args())
+    train(parser.parse_args(), refs=1)
 
 
 if __name__ == "__main__":

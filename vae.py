@@ -586,14 +586,20 @@ def digest(data):
 
 
 def seed_of(*numbers):
-    """One 63-bit seed of several whole numbers >= 0."""
+    """One seed of several whole numbers >= 0. (63 bits, of which torch's generators use 32 on a CPU, all on a GPU.)"""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def pick_device(name=None):
-    """--device, or a GPU if there is one. Raises ValueError for a device that is not there."""
+    """--device, or a GPU if there is one: under torchrun each process its own. Raises ValueError for a device that is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"--device {name}: is not to be had here ({str(e).splitlines()[0].split(',')[0][:200]})") from None
 
@@ -644,7 +650,7 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: the GPU's memory is full; a smaller --batch-size, or --accumulate N in training, needs less", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError) as e:
-        line = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e).strip().splitlines()[-1]
+        line = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else (str(e).strip() or type(e).__name__).splitlines()[-1]
         line += "; make room, then give the command again (in training with --resume)" if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         line = line.removeprefix("ValueError: ")  # what a loader's worker raises comes wrapped in its traceback
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)

@@ -12,7 +12,7 @@ optimiser and average, nothing compiled.
 
 TFLOP/s: multiplications and additions of the matrix products and attentions of *our* version, forward and backward, counted by
 torch.utils.flop_counter, by our time: work that is saved counts for nothing. Ceiling: the best product of two square matrices of the same dtype in
-this run. Memory: the peak of this process's (CPU, Linux) or of torch's (CUDA) during our version; weights, optimiser and average included.
+this run. Memory: the peak of this process's (CPU, Linux) or of torch's (CUDA) during our version; weights, average and both versions' optimisers included.
 """
 import argparse
 import copy
@@ -118,7 +118,8 @@ def training(model, batch, repeats, device, dtype, compile):
     averaged.load_state_dict(model.state_dict())
     optimizer = make_optimizer(model, SimpleNamespace(lr=1e-6, weight_decay=0.02))
     slow = torch.optim.AdamW(model.parameters(), 1e-6, betas=(0.9, 0.95), foreach=False, fused=False)
-    forward = compiled(model, lambda m: m(latents, labels, repeats=repeats).backward()) if compile else model
+    with autocast(device, dtype):
+        forward = compiled(model, lambda m: m(latents, labels, repeats=repeats).backward()) if compile else model
     model.zero_grad(set_to_none=True)
 
     def step(loss, optimizer, average):

@@ -34,6 +34,23 @@ def test_image_i_is_a_function_of_seed_and_i(tmp_path, command):
     assert len(np.unique(a.reshape(6, -1), axis=0)) == 6
 
 
+def test_a_sampler_without_noise(tmp_path, command):
+    """No s1 and no s2 to speak of; guidance in an interval is another picture, and the paper's sampler yet another."""
+    flags = "sample.py --class 2 --n 2 --steps 3 --refs 1 --out"
+    for name, more in (("a", ""), ("b", "--s1 0.5 --s2 0"), ("c", "--cfg-interval 0.9 1")):
+        command(f"{flags} {name}.npz --sampler adams-bashforth {more}")
+    command(f"{flags} d.npz")
+    a, b, c, d = (np.load(tmp_path / f"{x}.npz")["arr_0"] for x in "abcd")
+    assert np.array_equal(a, b) and not np.array_equal(a, c) and not np.array_equal(a, d)
+
+
+def test_several_processes_draw_no_pictures(command):
+    _, err = command("sample.py --show-chain", expect=2, env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert "several processes draw into an .npz only" in err
+    _, err = command("sample.py --num 10 --out x.npz", expect=2, env={"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "0"})
+    assert "they must be on one machine" in err
+
+
 def test_show_chain(tmp_path, command):
     command("sample.py --class bag --n 2 --refs 3 --steps 2 --show-chain --out chain.png")
     assert Image.open(tmp_path / "chain.png").size == ((3 * 34 + 2) * 2, (2 * 34 + 2) * 2)

@@ -250,6 +250,17 @@ def test_killed_and_resumed_is_never_stopped(project, command):
         assert all(torch.equal(a[k], b[k]) for k in ("exp_avg", "exp_avg_sq", "step"))
     _, err = command(f"finetune_mrar.py {SHORT} --out killed --resume", expect=2)
     assert "killed/last.pt is of another run: refs 1 there, 4 here" in err
+    (project / "killed" / "last.pt").write_bytes((project / "killed" / "ema.pt").read_bytes())
+    _, err = command("train.py --out killed --resume", expect=2)
+    assert "killed/last.pt: not the last.pt of a run" in err
+
+
+def test_a_chain_of_16_is_resumed_as_one(project, command, garments):
+    np.savez(project / "s.npz", images=np.repeat(garments[0], 3, axis=0), labels=np.repeat(garments[1], 3))
+    command(f"train.py {SHORT} --steps 1")
+    command(f"finetune_mrar.py {SHORT} --steps 1 --refs 16 --cooldown 0")
+    out, _ = command("finetune_mrar.py --resume --steps 2")
+    assert "chains of 16" in out and "going on from runs/mrar/last.pt at step 1" in out
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
