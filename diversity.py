@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO_MODEL, check_out, pick_device, positive, run, seed_of, whole, write_whole
+from vae import DEMO_MODEL, check_out, class_index, pick_device, positive, run, seed_of, whole, write_whole
 
 
 def similarity(features):
@@ -50,10 +50,6 @@ def features(model, labels, seed, settings):
     refs = model.config.refs
     references = model.sample(labels, refs - 1, noise_sampler=randn, **settings) if refs > 1 else None
     return model.ar(labels, references)
-
-
-def class_names(model):
-    return model.info.get("classes") or [str(i) for i in range(model.config.num_classes)]
 
 
 def measure(model, classes, args):
@@ -113,14 +109,11 @@ def main():
             check_out(flag, path)
     args.device = pick_device(args.device)
 
-    if args.heatmap:
-        names = class_names(load_checkpoint(args.ckpt[-1]))
-        if args.heatmap not in names and not (args.heatmap.isdecimal() and int(args.heatmap) < len(names)):
-            raise ValueError(f"--heatmap {args.heatmap}: no such class; this model has {', '.join(names[:20])}")
     rows = []
     for ckpt in tqdm(args.ckpt, unit="checkpoint", disable=len(args.ckpt) == 1):
         model = load_checkpoint(ckpt, args.device)
-        names = class_names(model)
+        names = model.info.get("classes") or [str(i) for i in range(model.config.num_classes)]
+        label = class_index("--heatmap", args.heatmap, names, len(names)) if args.heatmap else None
         values = measure(model, list(range(len(names))), args)
         row = dict(checkpoint=ckpt, step=model.info.get("step", ""), similarity=f"{values.mean():.4f}", over_classes=f"{values.mean(0).std():.4f}", over_seeds=f"{values.std(0).mean():.4f}")
         if args.fid:
@@ -143,7 +136,6 @@ def main():
         write_whole(args.csv, lambda f: f.write(text.getvalue().encode()))
         print(f"wrote {args.csv}")
     if args.heatmap:
-        label = names.index(args.heatmap) if args.heatmap in names else int(args.heatmap)
         S = similarity(features(model, torch.tensor([label], device=args.device), args.seed, sampling_settings(model.config, model.info.get("size"))))[0]
         heatmap(S, args.out)
         print(f"wrote S of {names[label]} to {args.out}: -1 blue, 0 white, 1 red")

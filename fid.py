@@ -28,8 +28,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from vae import DEMO_DATA, ImageFolder, center_crop, check_out, fetch, open_source, pick_device, positive, run, whole, write_whole
-from vae import read_image as open_image
+from vae import DEMO_DATA, IMAGES, center_crop, check_out, fetch, image_files, open_source, pick_device, positive, read_image, run, whole, write_whole
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
@@ -142,14 +141,10 @@ def find_images(path):
     """Images of a folder (any depth, by sorted path) or an .npz; count 0 for an .npz without images. Raises ValueError if it is neither."""
     path = Path(path)
     if path.is_dir():
-        files = []
-        for folder, folders, names in os.walk(path):
-            folders[:] = [d for d in folders if not d.startswith(".")]
-            files += [os.path.join(folder, n) for n in names if n.lower().endswith(ImageFolder.EXTENSIONS) and not n.startswith(".")]
+        files = image_files(path)
         if not files:
-            raise ValueError(f"{path}: no images in this folder ({', '.join(ImageFolder.EXTENSIONS)})")
-        files.sort(key=os.fsencode)
-        return Images(path, len(files), read_image(files[0]).shape[:2], files, None)
+            raise ValueError(f"{path}: no images in this folder ({' '.join(IMAGES)})")
+        return Images(path, len(files), read_sized(files[0]).shape[:2], files, None)
     if path.suffix != ".npz" or not path.is_file():
         raise ValueError(f"{path}: no such images; expected a folder of images, or an .npz of uint8 images (arr_0) or statistics (mu, sigma)")
     try:
@@ -167,9 +162,9 @@ def find_images(path):
     return Images(path, shape[0], shape[1:3], None, key)
 
 
-def read_image(path, size=None, crop=False):
+def read_sized(path, size=None, crop=False):
     """uint8 [H, W, 3] of an image file, cropped by vae.center_crop if it is not of `size` (H, W) and `crop` allows it."""
-    image = open_image(path)
+    image = read_image(path)
     if size is None or image.size == size[::-1]:
         return np.asarray(image)
     if not crop:
@@ -186,7 +181,7 @@ def batches(images, size, crop, batch_size, rank=0, world=1):
     if images.files:
         with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
             for i in starts:
-                yield np.stack(list(pool.map(lambda f: read_image(f, size, crop), images.files[i : i + batch_size])))
+                yield np.stack(list(pool.map(lambda f: read_sized(f, size, crop), images.files[i : i + batch_size])))
     elif images.size != size and max(images.size) <= size[0]:
         source = open_source(images.path, size[0])  # pads
         for i in starts:

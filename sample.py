@@ -10,7 +10,6 @@
 """
 import argparse
 import datetime
-import difflib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO_MODEL, DEMO_VAE, autocast, cast_weights, check_out, compiled, digest, fetch, load_vae, number
+from vae import DEMO_MODEL, DEMO_VAE, autocast, cast_weights, check_out, class_index, compiled, digest, fetch, load_vae, number
 from vae import pick_device, pick_dtype, pixels, positive, run, save_grid, seed_of, whole, write_whole
 
 RELEASED = {  # --pretrained: folder of the authors' repository
@@ -36,21 +35,6 @@ def fetch_released(folder):
     """Path of FOLDER/checkpoint-last.pth of the authors' repository, fetched once to torch's hub folder. HF_ENDPOINT names a mirror."""
     url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/zhendch/Transdiff/resolve/main/{folder}/checkpoint-last.pth"
     return fetch(url, Path(torch.hub.get_dir()) / "transdiff" / folder / "checkpoint-last.pth")
-
-
-def class_indices(words, names, num_classes):
-    """Indices of classes given as indices or names. Raises ValueError for one that the model does not have."""
-    indices = []
-    for word in words:
-        if word in names:
-            indices.append(names.index(word))
-        elif word.isdecimal() and int(word) < num_classes:
-            indices.append(int(word))
-        else:
-            near = difflib.get_close_matches(word, names)
-            known = f": {', '.join(names)}" if 0 < len(names) <= 20 else f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"--class {word}: this model has classes 0 to {num_classes - 1}{known}")
-    return indices
 
 
 def per_image_noise(seed, indices, device):
@@ -240,7 +224,7 @@ def main():
 
     names, num_classes = model.info.get("classes", []), model.config.num_classes
     first_ten = range(num_classes if args.num else min(10, num_classes))
-    classes = class_indices(args.fuse or args.classes, names, num_classes) if args.fuse or args.classes else list(first_ten)
+    classes = [class_index("--fuse" if args.fuse else "--class", word, names, num_classes) for word in args.fuse or args.classes or []] or list(first_ten)
     if args.num and args.num % len(classes):
         raise ValueError(f"--num {args.num}: must be a multiple of the {len(classes)} classes, e.g. {-(-args.num // len(classes)) * len(classes)}")
     labels = classes * (args.num // len(classes)) if args.num else [k for k in classes for _ in range(args.n)]

@@ -8,6 +8,7 @@ a pixel: it is trained on, and draws, the latents of this autoencoder (Section 3
 latent space"). The paper's is LDM's KL-16, whose parameter names are kept, so that the released file loads as it is.
 """
 import argparse
+import difflib
 import errno
 import hashlib
 import http.client
@@ -287,26 +288,33 @@ def center_crop(image, size):
     return np.array(image.crop((x, y, x + size, y + size)))
 
 
-class ImageFolder(torch.utils.data.Dataset):
-    """DIR/<class>/**/<image>: the classes are the sorted folder names, as in ImageNet. Hidden files and folders, and files of other kinds, are passed over."""
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
-    EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+def image_files(root):
+    """Paths of the images under a folder, at any depth, sorted. Hidden files and folders, and files of other kinds, are passed over."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [d for d in folders if not d.startswith(".")]
+        found += [os.path.join(folder, f) for f in files if f.lower().endswith(IMAGES) and not f.startswith(".")]
+    return sorted(found, key=os.fsencode)
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """DIR/<class>/**/<image>: the classes are the sorted folder names, as in ImageNet."""
 
     def __init__(self, root, size):
         self.root, self.size, paths, labels = str(root), size, [], []
         above = Path(os.path.realpath(root), "x").parents  # a link to one of these would lead round in a circle
         self.classes = sorted(d.name for d in os.scandir(root) if os.path.isdir(d) and not d.name.startswith(".") and Path(os.path.realpath(d)) not in above)
         for label, name in enumerate(self.classes):
-            found = []
-            for folder, folders, files in os.walk(os.path.join(root, name)):
-                folders[:] = [d for d in folders if not d.startswith(".")]
-                found += [os.path.join(folder, f) for f in files if f.lower().endswith(self.EXTENSIONS) and not f.startswith(".")]
+            found = image_files(os.path.join(root, name))
             if not found:
                 raise ValueError(f"{os.path.join(root, name)}: no images in this class folder; remove it or fill it")
-            paths += sorted(os.fsencode(os.path.relpath(p, root)) for p in found)
+            paths += [os.fsencode(os.path.relpath(p, root)) for p in found]
             labels += [label] * len(found)
         if not paths:
-            raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>, an image being one of {' '.join(self.EXTENSIONS)}")
+            raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>, an image being one of {' '.join(IMAGES)}")
         self.paths, self.labels = np.array(paths), np.array(labels)  # arrays, not lists: 40 bytes an image for ImageNet
         self.digest = digest(str(self.classes).encode() + self.paths.tobytes())
 
@@ -579,6 +587,17 @@ def fetch(url, path):
             raise OSError(f"could not fetch {url} ({getattr(e, 'reason', e)}); run it again to go on, or put the file at {path}") from None
     part.rename(path)
     return path
+
+
+def class_index(flag, word, names, num_classes):
+    """Index of a class given as index or name. Raises ValueError, with the nearest names, for one that the model does not have."""
+    if word in names:
+        return names.index(word)
+    if word.isdecimal() and int(word) < num_classes:
+        return int(word)
+    near = difflib.get_close_matches(word, names)
+    known = f": {', '.join(names)}" if 0 < len(names) <= 20 else f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"{flag} {word}: this model has classes 0 to {num_classes - 1}{known}")
 
 
 def digest(data):

@@ -168,35 +168,20 @@ import train
 train.main()
 """
 
-# In the middle of a step: the loss of its second micro-batch never comes back.
-KILL_IN_THE_SEVENTH_MICRO_BATCH = """
+# One rank of a run gets a signal in the middle of a step: in call number `call` of its loss, from 0.
+SIGNAL_IN_A_STEP = """
 import os, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import train
 from model import TransDiff
+from vae import run
 loss, calls = TransDiff.loss, iter(range(99))
 def forward(*args, **kwargs):
-    if next(calls) == 6 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), 9)
-    return loss(*args, **kwargs)
-TransDiff.forward = forward
-train.main()
-"""
-
-SIGNAL_IN_THE_THIRD_STEP = """
-import os, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import train
-from model import TransDiff
-loss, calls = TransDiff.loss, iter(range(99))
-def forward(*args, **kwargs):
-    if next(calls) == 2 and os.environ.get("RANK", "0") == "0":  # the other rank hears of it from this one
+    if next(calls) == {call} and os.environ.get("RANK", "0") == "{rank}":
         os.kill(os.getpid(), {number})
     return loss(*args, **kwargs)
 TransDiff.forward = forward
-from vae import run
 run(train.main)
 """
 
@@ -284,7 +269,7 @@ def test_two_processes_killed_and_resumed_by_two_and_by_one(project, command):
     """Two go on bit for bit; one goes on with the same chains and draws, so the same losses to rounding. The kill is in the middle of an accumulation."""
     flags, env = f"train.py {SHORT} --steps 4 --save-every 2 --dtype fp32 --device cpu --accumulate 2", {"OMP_NUM_THREADS": "1"}
     command(f"{flags} --out whole", launcher=TORCHRUN, env=env)
-    (project / "stop.py").write_text(KILL_IN_THE_SEVENTH_MICRO_BATCH)
+    (project / "stop.py").write_text(SIGNAL_IN_A_STEP.format(call=6, rank=1, number=9))
     command(f"{flags} --out killed", expect=1, launcher=(*TORCHRUN, "stop.py"), env=env)
     assert load_file(project / "killed" / "last.pt")["step"] == 2
     shutil.copytree(project / "killed", project / "alone")
@@ -299,8 +284,8 @@ def test_two_processes_killed_and_resumed_by_two_and_by_one(project, command):
 
 @pytest.mark.parametrize("number,world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_polite_signal_saves_first(project, command, number, world):
-    """Stopped in its third step, of 10,000: it says so, and --resume goes on to what the run would have been."""
-    (project / "stop.py").write_text(SIGNAL_IN_THE_THIRD_STEP.format(number=int(number)))
+    """Stopped in its third step, of 10,000: it finishes that step, saves, says so, and --resume goes on."""
+    (project / "stop.py").write_text(SIGNAL_IN_A_STEP.format(call=2, rank=0, number=int(number)))  # the other rank hears of it from this one
     launcher = (*(TORCHRUN if world == 2 else (sys.executable,)), "stop.py")
     out, err = command(f"train.py {SHORT} --steps 10000 --out stopped", expect=128 + number if world == 1 else 1, launcher=launcher)
     assert "stopped at step 3; stopped/last.pt is saved" in out and "Traceback" not in err.split("torch/distributed")[0]

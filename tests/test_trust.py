@@ -315,7 +315,7 @@ FLAGS = [
     ("vae.py train --out folder.png", "is a folder"),
     ("vae.py train --lr inf", "--lr"),
     ("diversity.py --seeds 0", "--seeds"),
-    ("diversity.py --heatmap hat", "--heatmap hat: no such class"),
+    ("diversity.py --heatmap hat", "--heatmap hat: this model has classes 0 to 9: t-shirt"),
     ("diversity.py --csv folder.png", "is a folder"),
     ("fid.py", "give --samples and --ref"),
     ("fid.py --samples source.npz --ref gone.npz", "gone.npz"),
