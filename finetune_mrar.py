@@ -1,27 +1,29 @@
 """Stage 2: fine-tune a 1-step model with Multi-Reference Autoregression (Section 3.2.2; recipe of Appendix B).
 
-    python finetune_mrar.py                                                  the XS demo, after python train.py
-    torchrun --nproc_per_node 8 finetune_mrar.py --size B --data LATENTS --accumulate 8    the paper's recipe, after train.py --size B
+    python finetune_mrar.py                               the XS demo, after python train.py
+    torchrun --nproc_per_node 8 finetune_mrar.py --size B --init runs/B/last.pt --accumulate 8     the paper's recipe
 
-The loop is train.py's. What differs: a sample is a chain of `refs` images of one class (Eq. 11), drawn afresh every epoch, the mask is
-block-causal (Figure 3 e), and the run starts from stage 1: its mask embedding is copied into every mask token and its positions are kept.
+The loop is train.py's. What differs: a sample is a chain of `refs` images of one class (Eq. 11), the mask is
+block-causal (Figure 3 e), and the run starts from stage 1: its mask embedding is copied into every mask token.
 """
+
 from pathlib import Path
 
 from train import make_parser, train
-from vae import run
+from vae import run_main
 
 
 def main():
     parser = make_parser(__doc__, "runs/mrar", ("XS MRAR", "MRAR"))
-    parser.add_argument("--init", default="runs/train/last.pt", help="1-step checkpoint whose averaged weights to start from (default: %(default)s)")
-    parser.add_argument("--refs", type=int, choices=(4, 16, 64), help="images in a chain (default: 4, the paper's best)")
+    start = "1-step checkpoint whose EMA weights to start from (default: %(default)s)"
+    parser.add_argument("--init", default="runs/train/last.pt", help=start)
+    parser.add_argument("--refs", type=int, choices=(4, 16, 64), help="images in a chain (default: 4, best in Fig. 6)")
     parser.set_defaults(only_decoder=False)
     args = parser.parse_args()
     if not args.resume and not Path(args.init).exists():
-        raise ValueError(f"--init {args.init}: no such file; run python train.py --size {args.size or 'XS'} first, or name a 1-step checkpoint")
-    train(args, args.refs)
+        raise ValueError(f"--init {args.init}: no such file; run train.py first, or name a 1-step checkpoint")
+    train(args)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

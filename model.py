@@ -1,21 +1,23 @@
-"""TransDiff: an AR Transformer that writes semantic features c, and a diffusion Transformer (DiT) that decodes c into an image.
+"""TransDiff: an AR Transformer writes semantic features c, a diffusion Transformer (DiT) decodes c into an image.
 
 Read from top to bottom beside "Marrying Autoregressive Transformer and Diffusion with Multi-Reference Autoregression":
 
-    Config, SIZES               Appendix B
+    Config, SIZES               Appendix B (SAMPLING: the settings of the release)
     attention_masks             Section 3.2, Figure 3 (d) and (e)
     ARTransformer               Eq. 6, 9, 11
-    DiT                         Eq. 7 (the diffusion decoder)
+    DiT                         Eq. 3 (the velocity psi) and Eq. 7 (the diffusion decoder)
     euler_maruyama              Appendix C, Eq. 16-18
-    TransDiff.encode / loss     Eq. 4, 5, 8, 10, 12
+    TransDiff.encode, loss      Eq. 4, 5, 8, 10, 12
     TransDiff.decode, sample    Eq. 7, Algorithms 1 and 2
-    load_checkpoint, warm_start our files and the released ones
+    load_checkpoint             our files and the released ones
 
-One idea unifies 1-step AR and MRAR: a chain of `refs` images of one class, whose condition is `cond_tokens` tokens long, shared
-evenly by the images. refs = 1 is 1-step AR ("0 references"), refs = 4 is the paper's MRAR. Nothing else differs.
+One idea unifies 1-step AR and MRAR: a chain of `refs` images of one class, whose condition c has `cond_tokens` tokens,
+the same number for each image. refs = 1 is 1-step AR ("0 references" in the paper), refs = 4 is the paper's MRAR.
 """
+
 import argparse
-import dataclasses
+import contextlib
+import functools
 import math
 import zipfile
 from dataclasses import dataclass
@@ -23,162 +25,147 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
 class Config:
-    """The model's shape; defaults are TransDiff-B, 1-step, on ImageNet at 256 px. Raises ValueError if the sizes do not fit together."""
+    """Shape of the model; the defaults are TransDiff-B, 1-step AR, on ImageNet at 256 px."""
 
     width: int = 768
     heads: int = 12
     ar_depth: int = 24  # blocks of the AR Transformer
     dit_depth: int = 12  # blocks of the DiT decoder
     num_classes: int = 1000
-    refs: int = 1  # images in a chain: 1 (1-step AR), 4, 16 or 64 (MRAR)
+    refs: int = 1  # images in a chain, refs - 1 of them references: 1 (1-step AR), 4, 16 or 64 (MRAR)
     cond_tokens: int = 256  # length of c over the whole chain
-    class_tokens: int = 64  # copies of the class embedding in front
+    class_tokens: int = 64  # copies of the class embedding at the start of the input
     latent_channels: int = 16
     latent_size: int = 16  # side of the square latent: 16 at 256 px, 32 at 512 px
-    dropout: float = 0.1  # on attention weights, output projections and both MLP layers, training only
-    label_dropout: float = 0.1  # share of chains trained with the null class, for guidance
+    dropout: float = 0.1  # of attention weights, output projections and both MLP layers
+    label_drop_prob: float = 0.1  # probability of training a chain with the null class, for guidance
 
     def __post_init__(self):
-        if self.refs not in (1, 4, 16, 64):
-            raise ValueError(f"refs {self.refs}: must be 1, 4, 16 or 64, so that an image's share of c is a square of tokens")
         side = math.isqrt(self.tokens_per_image)
-        if self.refs > 1 and (self.cond_tokens % self.refs or side * side != self.tokens_per_image or self.latent_size % side):
-            raise ValueError(f"cond_tokens {self.cond_tokens} / refs {self.refs} must be a square of tokens, its side a divisor of latent_size {self.latent_size}")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.refs not in (1, 4, 16, 64) or self.width % self.heads:
+            raise ValueError(
+                f"refs {self.refs} must be 1, 4, 16 or 64, width {self.width} a multiple of heads {self.heads}"
+            )
+        if self.refs > 1 and (self.refs * side**2 != self.cond_tokens or self.latent_size % side):
+            raise ValueError(
+                f"refs {self.refs} does not fit cond_tokens {self.cond_tokens} or latent_size {self.latent_size}"
+            )
 
     @property
     def tokens_per_image(self):
         return self.cond_tokens // self.refs
 
     @property
-    def patch(self):
-        """Side of the patches in which a reference enters the AR Transformer (the paper's f, at 256 px)."""
+    def patch(self):  # references enter in patches of patch x patch: the paper's f (2 for refs = 4; 4 at 512 px)
         return self.latent_size // math.isqrt(self.tokens_per_image)
 
+    @property
+    def latent_shape(self):
+        return self.latent_channels, self.latent_size, self.latent_size
 
-SIZES = {  # Appendix B; XS is ours, for the bundled 32 px demo
-    "XS": Config(160, 5, 3, 4, num_classes=10, cond_tokens=64, class_tokens=16, latent_channels=8, latent_size=8, dropout=0.0),
+
+SIZES = {  # Appendix B: width, heads, AR blocks, DiT blocks; XS is ours, for the bundled 32 px images
+    "XS": Config(160, 5, 3, 4, 10, cond_tokens=64, class_tokens=16, latent_channels=8, latent_size=8, dropout=0.0),
     "B": Config(768, 12, 24, 12),
     "L": Config(1024, 16, 32, 16),
     "H": Config(1280, 16, 40, 20),
 }
 
-SAMPLING = {  # the published settings of each model, and ours for XS; -mrar is refs > 1
+SAMPLING = {  # the release's settings of each model, ours for XS; -mrar is refs > 1
     "XS": dict(steps=25, cfg=2.0, s1=1.0, s2=1.0),
-    "XS-mrar": dict(steps=25, cfg=2.0, s1=1.0, s2=1.0),
     "B": dict(steps=100, cfg=1.30, s1=0.87, s2=0.91),
     "L": dict(steps=100, cfg=1.30, s1=0.89, s2=0.95),
     "H": dict(steps=100, cfg=1.23, s1=0.87, s2=0.93),
+    "L-512": dict(steps=100, cfg=1.30, s1=0.87, s2=0.87),
+    "XS-mrar": dict(steps=25, cfg=2.0, s1=1.0, s2=1.0),
     "B-mrar": dict(steps=100, cfg=1.30, s1=0.87, s2=0.91),
     "L-mrar": dict(steps=100, cfg=1.30, s1=0.925, s2=0.95),
     "H-mrar": dict(steps=100, cfg=1.28, s1=0.87, s2=0.91),
-    "L-512": dict(steps=100, cfg=1.30, s1=0.87, s2=0.87),
 }
 
 
-def sampling_settings(config, size=None):
-    """steps, cfg, s1, s2 for a model: SAMPLING of its name, or, of a file that does not tell one, of the released model of its shape (else XS)."""
-    name = {768: "B", 1024: "L", 1280: "H"}.get(config.width, "XS")
-    shape = name if config.refs == 1 else f"{name}-mrar"
-    if config.latent_size == 32 and size in (None, "L") and shape == "L":
-        return SAMPLING["L-512"]
-    return SAMPLING.get(size) or SAMPLING[shape]
+def sampling_settings(config):
+    """SAMPLING of the published model of this shape; of XS for any other shape."""
+    name = {768: "B", 1024: "L", 1280: "H"}.get(config.width, "XS") + "-mrar" * (config.refs > 1)
+    return SAMPLING["L-512" if name == "L" and config.latent_size == 32 else name]
 
 
 def attention_masks(config, device=None):
-    """What sees what; True = visible. Print it for Config(..., refs=4).
+    """Attention masks of Figure 3, bool, True = may attend. Print them for Config(..., refs=4).
 
-    Returns
-      ar     bool [S, S], S = class_tokens + cond_tokens: row i may attend to the True columns. refs = 1: everything sees everything
-             (Figure 3 d). Otherwise block-causal (Figure 3 e): the blocks are [class] [mask] [x_0] [x_1] ..., and a token sees its own
-             block and every earlier one.
-      cross  bool [refs, cond_tokens]: the tokens of c that the decoder of image k sees, which is c_0 ... c_k: just what the block that
-             wrote c_k was allowed to see.
+    Returns ar [S, S], S = class_tokens + cond_tokens, of the AR Transformer, and cross [refs, cond_tokens], of the
+    decoder, whose row k is c_0 ... c_k, from which image k is decoded.
     """
-    place = torch.arange(-config.class_tokens, config.cond_tokens, device=device)
-    block = place.div(config.tokens_per_image, rounding_mode="floor").clamp_min(-1)  # -1: class, 0: mask, k: x_(k - 1)
-    ar = block[:, None] >= block[None, :] if config.refs > 1 else torch.ones(len(block), len(block), dtype=torch.bool, device=device)
-    cross = ar[config.class_tokens :: config.tokens_per_image, config.class_tokens :]
+    images = torch.arange(config.refs, device=device)
+    image_of_token = images.repeat_interleave(config.tokens_per_image)  # the image that each token of c belongs to
+    cross = images[:, None] >= image_of_token[None, :]
+
+    # The input is [class] [mask] [x_0] [x_1] ...: block -1, 0, 1, 2, ... The output of block k >= 0 is c_k.
+    block = torch.cat([images.new_full((config.class_tokens,), -1), image_of_token])
+    ar = block[:, None] >= block[None, :]  # Figure 3 (e): a token attends to its own block and every earlier one
+    if config.refs == 1:
+        ar = torch.ones_like(ar)  # Figure 3 (d): bidirectional (the paper's zeros are added to the scores)
     return ar, cross
 
 
-# ---------------------------------------------------------------------------------------------- shared layers
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
-def attention(q, k, v, mask, dropout):
-    """softmax(q k^T / sqrt(d)) v over [B, heads, N, d]; mask bool, True = visible, None = all visible."""
+def attention(q, k, v, heads, mask=None, dropout=0.0):
+    """softmax(q k^T / sqrt(d)) v: q [B, Q, D], k, v [B, K, D], mask bool [Q, K], True = may attend -> [B, Q, D]."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, d]
     if q.is_cuda or k.shape[-2] > 512:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    # on a CPU in bfloat16 the plain formula is 3 to 5 times as fast as the fused kernel for 64 keys; for long ones its memory would hurt
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v
-
-
-def split_heads(x, heads):
-    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)  # [..., N, D] -> [..., heads, N, D / heads]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    else:  # on a CPU and for few keys the plain formula is faster than the fused kernel
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        x = F.dropout(scores.softmax(dim=-1), dropout) @ v
+    return x.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
+        self.heads, self.dropout = config.heads, nn.Dropout(config.dropout)
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x, mask=None):
-        """x [B, N, D], mask bool [N, N] (True = visible; None = all) -> [B, N, D]."""
-        q, k, v = (split_heads(y, self.heads) for y in self.qkv(x).chunk(3, dim=-1))
-        x = attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        """x [B, N, D], mask bool [N, N] -> [B, N, D]."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.dropout(self.proj(attention(q, k, v, self.heads, mask, self.dropout.p * self.training)))
 
 
 class CrossAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
+        self.heads, self.dropout = config.heads, nn.Dropout(config.dropout)
         self.wq, self.wk, self.wv, self.proj = (nn.Linear(config.width, config.width) for _ in range(4))
 
     def keys_values(self, c):
-        """c [B, K, D] -> keys and values, [B, heads, K, D / heads] each: they depend on neither t nor the noise."""
-        return split_heads(self.wk(c), self.heads), split_heads(self.wv(c), self.heads)
+        """c [B, K, D] -> keys and values, each [B, K, D]: they depend on neither t nor the noise."""
+        return self.wk(c), self.wv(c)
 
     def forward(self, x, keys, values, mask=None):
-        """x [B, Q, D] against keys, values [B, heads, K, D / heads]; mask bool [Q, K] -> [B, Q, D]."""
-        q = split_heads(self.wq(x), self.heads)
-        x = attention(q, keys, values, mask, self.dropout if self.training else 0.0)
-        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        """x [B, Q, D] against keys, values [B, K, D]; mask bool [Q, K] -> [B, Q, D]."""
+        x = attention(self.wq(x), keys, values, self.heads, mask, self.dropout.p * self.training)
+        return self.dropout(self.proj(x))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
         self.fc1 = nn.Linear(config.width, 4 * config.width)
         self.fc2 = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x):
-        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        return F.dropout(self.fc2(x), self.dropout, self.training)
-
-
-def run_block(block, recompute, *inputs):
-    """block(*inputs); with `recompute` its activations are not kept for the backward pass but computed again there (gradient checkpointing)."""
-    return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-
-
-def layer_norm(width, affine=True):
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
-
-
-# ---------------------------------------------------------------------------------------------- AR Transformer
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
 
 
 class ARBlock(nn.Module):
@@ -186,8 +173,8 @@ class ARBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.attn = layer_norm(config.width), SelfAttention(config)
-        self.norm2, self.mlp = layer_norm(config.width), MLP(config)
+        self.norm1, self.attn = LayerNorm(config.width), SelfAttention(config)
+        self.norm2, self.mlp = LayerNorm(config.width), MLP(config)
 
     def forward(self, x, mask):
         x = x + self.attn(self.norm1(x), mask)
@@ -199,69 +186,75 @@ class ARTransformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.grad_checkpointing = config, False
+        self.config = config
         self.class_embedding = nn.Embedding(config.num_classes, config.width)
-        self.null_class = nn.Parameter(torch.empty(1, config.width))  # stands for the class where guidance drops it
-        self.mask_tokens = nn.Parameter(torch.empty(1, 1 if config.refs == 1 else config.tokens_per_image, config.width))
+        self.null_class = nn.Parameter(torch.empty(1, config.width))  # replaces the class where guidance drops it
+        # The paper repeats one embedding m; the release, and we, learn one for each mask token of MRAR.
+        self.mask_tokens = nn.Parameter(torch.empty(1, config.tokens_per_image if config.refs > 1 else 1, config.width))
         self.positions = nn.Parameter(torch.empty(1, config.class_tokens + config.cond_tokens, config.width))
         if config.refs > 1:
             self.reference_proj = nn.Linear(config.latent_channels * config.patch**2, config.width)
-        self.norm_in = layer_norm(config.width)
+        self.norm_in = LayerNorm(config.width)
         self.blocks = nn.ModuleList(ARBlock(config) for _ in range(config.ar_depth))
-        self.norm_out = layer_norm(config.width)
+        self.norm_out = LayerNorm(config.width)
 
     def forward(self, labels, references=None):
-        """labels [B] (num_classes = null), references [B, k, C, H, W], k < refs -> features [B, (k + 1) cond_tokens / refs, D]."""
-        cfg, B = self.config, len(labels)
-        table = torch.cat([self.class_embedding.weight, self.null_class])
-        c = F.embedding(labels, table)[:, None].expand(-1, cfg.class_tokens, -1)  # C of Eq. 9: one embedding, 64 times
-        mask = self.mask_tokens.expand(B, cfg.tokens_per_image, -1)
-        x = torch.cat([c, mask], dim=1)  # Eq. 9: [C, Mask]
+        """labels [B], num_classes = null; references [B, k, C, H, W], k < refs -> [B, (k + 1) tokens_per_image, D]."""
+        config, B = self.config, len(labels)
+        embedding = F.embedding(labels, torch.cat([self.class_embedding.weight, self.null_class]))
+        class_tokens = embedding[:, None].expand(-1, config.class_tokens, -1)  # C of Eq. 9: one embedding, 64 times
+        mask_tokens = self.mask_tokens.expand(B, config.tokens_per_image, -1)
+        x = torch.cat([class_tokens, mask_tokens], dim=1)  # Eq. 9: [C, Mask]
         if references is not None and references.shape[1]:
-            x = torch.cat([x, self.reference_proj(self.patchify(references)).to(x.dtype)], dim=1)  # Eq. 11: [C, Mask, x_0, x_1, ...]
-        x = self.norm_in(x + self.positions[:, : x.shape[1]])
-        visible = None
-        if cfg.refs > 1:  # refs = 1 is all visible: no mask is that mask, and the faster attention kernels take it
-            visible = attention_masks(cfg, x.device)[0][: x.shape[1], : x.shape[1]]
+            reference_tokens = self.reference_proj(self.patchify(references)).to(x.dtype)
+            x = torch.cat([x, reference_tokens], dim=1)  # Eq. 11: [C, Mask, x_0, x_1, ...]
+        S = x.shape[1]
+        x = self.norm_in(x + self.positions[:, :S])
+        # refs = 1 needs no mask, and the faster kernels apply
+        mask = attention_masks(config, x.device)[0][:S, :S] if config.refs > 1 else None
         for block in self.blocks:
-            x = run_block(block, self.grad_checkpointing, x, visible)
-        return self.norm_out(x)[:, cfg.class_tokens :]
+            x = block(x, mask)
+        return self.norm_out(x)[:, config.class_tokens :]
 
     def patchify(self, references):
         """[B, k, C, H, W] -> [B, k tokens_per_image, C p p], each patch in the order channel, row, column."""
         B, k, C, H, W = references.shape
         p = self.config.patch
-        x = references.reshape(B, k, C, H // p, p, W // p, p)
-        # contiguous: the sum that makes a token is then rounded alike whatever slice of a larger tensor the references are
-        return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, k * (H // p) * (W // p), C * p * p).contiguous()
-
-
-# ---------------------------------------------------------------------------------------------- DiT decoder
+        x = references.reshape(B, k, C, H // p, p, W // p, p).permute(0, 1, 3, 5, 2, 4, 6)
+        return x.reshape(
+            B, -1, C * p * p
+        ).contiguous()  # contiguous: the same rounding whether references is a slice or a copy
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and MLP modulated by the timestep, plain cross-attention to c between them."""
+    """Self-attention and MLP modulated by the timestep, plain cross-attention to c between them.
+
+    B conditions, M noisy images for each (several draws of t, several images of a chain), N tokens an image:
+      x             [B M, N, D]
+      modulation    [B M, 6, D], or [1, 6, D] where all images have one t
+      keys, values  [B, K, D], of c [B, K, D]
+      mask          bool [M N, K]: the images of one condition share its keys, so their tokens are one query sequence
+    """
 
     def __init__(self, config):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.width))
-        self.norm1, self.attn1 = layer_norm(config.width), SelfAttention(config)
-        self.norm2, self.attn2 = layer_norm(config.width), CrossAttention(config)
-        self.norm3, self.mlp = layer_norm(config.width), MLP(config)
+        self.norm1, self.attn1 = LayerNorm(config.width), SelfAttention(config)
+        self.norm2, self.attn2 = LayerNorm(config.width), CrossAttention(config)
+        self.norm3, self.mlp = LayerNorm(config.width), MLP(config)
 
     def forward(self, x, modulation, keys, values, mask):
-        """x [B M, N, D]: M images for each of B conditions; modulation [B M or 1, 6, D]; keys, values [B, heads, K, D / heads]; mask bool [M N, K]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation)[:, :, None].unbind(1)
         x = x + gate1 * self.attn1(self.norm1(x) * (1 + scale1) + shift1)
-        together = self.norm2(x).reshape(len(keys), -1, x.shape[-1])  # the M images of a condition share its keys: their tokens are one long query
-        x = x + self.attn2(together, keys, values, mask).reshape(x.shape)
+        queries = self.norm2(x).reshape(len(keys), -1, x.shape[-1])  # [B, M N, D]
+        x = x + self.attn2(queries, keys, values, mask).reshape(x.shape)
         return x + gate2 * self.mlp(self.norm3(x) * (1 + scale2) + shift2)
 
 
 def timestep_embedding(t, dim=256):
     """t [B] in [0, 1] -> [B, dim]: cosines, then sines, of 1000 t at frequencies 10000^(-i / (dim / 2))."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
-    angles = 1000 * t.float()[:, None] * frequencies
+    i = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+    angles = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) * i / (dim // 2))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -270,7 +263,6 @@ class DiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.grad_checkpointing = config, False
         self.input_proj = nn.Linear(config.latent_channels, config.width)
         self.positions = nn.Parameter(torch.empty(1, config.latent_size**2, config.width))
         self.cond_proj = nn.Linear(config.width, config.width)
@@ -278,47 +270,47 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(config.width, 6 * config.width)  # one for all blocks; each adds its own table
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.dit_depth))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.width))
-        self.norm_out = layer_norm(config.width, affine=False)
+        self.norm_out = LayerNorm(config.width, elementwise_affine=False)
         self.output_proj = nn.Linear(config.width, config.latent_channels)
 
     def keys_values(self, c):
-        """c [B, K, D] -> for every block its cross-attention's (keys, values): once an image, not once a step or a draw."""
+        """c [B, K, D] -> (keys, values) of every block: computed once a condition, not once a step or a draw of t."""
         c = self.cond_proj(c)
         return [block.attn2.keys_values(c) for block in self.blocks]
 
     def forward(self, x, t, keys_values, mask=None):
-        """x [B M, C, H, W], t [B M] or [1] in [0, 1], keys_values of c [B, K, D], mask bool [M, K] -> velocity [B M, C, H, W]."""
-        shape, n = x.shape, x.shape[-1] * x.shape[-2]
+        """x [B M, C, H, W], t [B M] or [1] in [0, 1], keys_values of c, mask bool [M, K] -> velocity [B M, C, H, W]."""
+        shape, N = x.shape, x.shape[-1] * x.shape[-2]
         temb = self.time_mlp(timestep_embedding(t))
         modulation = self.modulation(F.silu(temb)).unflatten(-1, (6, -1))
         if mask is not None:
-            mask = mask.repeat_interleave(n, dim=0)
+            mask = mask.repeat_interleave(N, dim=0)
         x = self.input_proj(x.flatten(2).transpose(1, 2)) + self.positions
         for block, (keys, values) in zip(self.blocks, keys_values):
-            x = run_block(block, self.grad_checkpointing, x, modulation, keys, values, mask)
+            x = block(x, modulation, keys, values, mask)
         shift, scale = (self.scale_shift_table + temb[:, None])[:, :, None].unbind(1)
         x = self.output_proj(self.norm_out(x) * (1 + scale) + shift)
         return x.transpose(1, 2).reshape(shape)
 
 
-# ---------------------------------------------------------------------------------------------- sampler
-
-
 def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
-    """Integrate the reverse SDE (Eq. 16) from noise at t = 1 to an image at t = 0 with the scaling factors of Eq. 18.
+    """Integrate the reverse SDE (Eq. 16) from noise at t = 1 to an image at t = 0, with the scaling factors of Eq. 18.
 
-    With diffusion w(t) = 2 t, score s = -(x + (1 - t) v) / t and drift d = v - w s / 2:
-        x <- x + s1 d dt + s2 sqrt(w |dt|) n    for t on linspace(1, 0.04, steps), and a last step from 0.04 to 0 by drift alone.
-    The paper writes sigma^2 in the drift but sqrt(sigma) in the noise; the release, and we, use w and sqrt(w). Its last step has neither s1 nor noise.
+    With diffusion w(t) = 2 t, score s = -(x + (1 - t) v) / t and drift d = v - w s / 2 (by Eq. 4 and 5, x + (1 - t) v
+    estimates eps, and the score of x_t given the image is -eps / t):
+        x <- x + s1 d dt + s2 sqrt(w |dt|) n    for t on linspace(1, 0.04, steps), dt < 0
+    Eq. 16 has sigma^2 and sigma, Eq. 17 and 18 sqrt(sigma); the release, and we, use w and sqrt(w).
+    The last step, from t = 0.04 to 0, has neither s1 nor noise: as in the release, not in the paper.
 
-    velocity(x, t) -> like x, t a 0-d tensor in [0, 1], on the CPU, so that looking at it stops no GPU; called `steps` times. noise_sampler(x) -> like x, called `steps` - 1 times.
-    x [...] standard normal. steps = 1 goes from 1 to 0 at once.
+    velocity       velocity(x, t) -> like x, t a float in [0, 1]; called `steps` times
+    x              standard normal, any shape
+    noise_sampler  noise_sampler(x) -> standard normal like x; called `steps` - 1 times (default: torch.randn_like)
     """
     noise_sampler = noise_sampler or torch.randn_like
     times = torch.linspace(1.0, 0.04, steps, dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:] + [0.0]):
         dt, w = t_next - t, 2 * t
-        v = velocity(x, torch.tensor(t))
+        v = velocity(x, t)
         score = -(x + (1 - t) * v) / t
         drift = v - 0.5 * w * score
         if t_next == 0.0:
@@ -327,24 +319,17 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
 
 
 def adams_bashforth(velocity, x, steps=25):
-    """Integrate the flow dx/dt = v (Eq. 3) from noise at t = 1 to an image at t = 0 without noise: not in the paper; for few steps.
-
-    The two-step method of Adams and Bashforth, second order at one evaluation a step: x <- x + dt (3 v - v_before) / 2; the first step is Euler's.
-    velocity as for euler_maruyama; x [...] standard normal.
-    """
-    before = None
+    """Integrate the flow dx/dt = v (Eq. 3) without noise: second order, one evaluation a step; ours, for few steps."""
+    v_last = None
     for i in range(steps):
-        v = velocity(x, torch.tensor(1 - i / steps))
-        x = x - (v if before is None else 1.5 * v - 0.5 * before) / steps
-        before = v
+        v = velocity(x, 1 - i / steps)
+        x = x - (v if v_last is None else 1.5 * v - 0.5 * v_last) / steps
+        v_last = v
     return x
 
 
-# ---------------------------------------------------------------------------------------------- TransDiff
-
-
-def t_of(normal, distribution="logit-normal"):
-    """Standard normal draws -> t in [0, 1]: "logit-normal", sigmoid(N(0, 1)), the release's choice, or "uniform", Eq. 5's."""
+def t_from_normal(normal, distribution="logit-normal"):
+    """Standard normal draws -> t in [0, 1]: "logit-normal" as the release, or "uniform" (Eq. 5), by the normal CDF."""
     return normal.sigmoid() if distribution == "logit-normal" else torch.special.ndtr(normal)
 
 
@@ -355,7 +340,7 @@ class TransDiff(nn.Module):
         super().__init__()
         self.config = config
         self.ar = ARTransformer(config)
-        self.cond_positions = nn.Parameter(torch.empty(1, config.cond_tokens, config.width))  # added to the features: c
+        self.cond_positions = nn.Parameter(torch.empty(1, config.cond_tokens, config.width))
         self.decoder = DiT(config)
         self.init_weights()
 
@@ -373,108 +358,119 @@ class TransDiff(nn.Module):
         nn.init.zeros_(self.decoder.output_proj.weight)
 
     def encode(self, labels, references=None):
-        """c (Eq. 10, 12), as the decoder gets it: the AR Transformer's features plus the second position embedding.
+        """Condition c (Eq. 10, 12): the AR Transformer's features plus a second position embedding.
 
-        labels [B] int64 in [0, num_classes], num_classes = null; references [B, k, C, H, W] latents of images 0 ... k - 1, k < refs
-        -> c [B, (k + 1) cond_tokens / refs, width]. Raises ValueError if there are too many references.
+        labels      int64 [B] in [0, num_classes]; num_classes is the null class
+        references  latents [B, k, C, H, W] of images 0 ... k - 1, k < refs; None: k = 0
+        Returns c [B, (k + 1) cond_tokens / refs, width], that is c_0 ... c_k.
         """
         if references is not None and references.shape[1] >= self.config.refs:
-            raise ValueError(f"{references.shape[1]} references: a model of refs {self.config.refs} takes at most {self.config.refs - 1}")
+            raise ValueError(f"{references.shape[1]} references: the model takes at most {self.config.refs - 1}")
         features = self.ar(labels, references)
         return features + self.cond_positions[:, : features.shape[1]]
 
     def velocity(self, x, t, c):
-        """x [B, C, H, W] = x_t, t [B] in [0, 1] (1 = noise), c [B, K, width] -> velocity [B, C, H, W] (psi of Eq. 3)."""
+        """psi of Eq. 3: x_t [B, C, H, W], t [B] in [0, 1] (1 = noise), c [B, K, width] -> velocity [B, C, H, W]."""
         return self.decoder(x, t, self.decoder.keys_values(c))
 
-    def loss(self, latents, labels, t=None, noise=None, repeats=1, t_distribution="logit-normal", dropped=None):
-        """Rectified-flow loss over every image of the chain (Eq. 8): mean of |(eps - x) - velocity(x_t, t, c)|^2, a scalar.
+    def loss(self, latents, labels, t=None, noise=None, batch_mul=1, drop=None):
+        """Rectified-flow loss (Eq. 8): mean over every image of the chain and `batch_mul` draws of (t, noise) for each.
 
-        latents [B, refs, C, H, W]: a chain of real images of one class, scaled to unit variance; labels [B].
-        Each image is decoded `repeats` times, for as many draws of (t, eps), from one computation of c. t ~ sigmoid(N(0, 1)), the release's choice, or
-        t_distribution="uniform" (Eq. 5). What is random can be given instead: t [B, M] and noise [B, M, C, H, W], M = refs repeats, the draws of image 0
-        first, or t [B] and noise [B, C, H, W], which every image of a chain then uses; dropped bool [B]: chains that get the null class.
+        latents  [B, refs, C, H, W]: chains of real images of one class, scaled to unit variance
+        labels   int64 [B]
+        t        [B, M] in [0, 1], M = refs batch_mul, the draws of image 0 first; None: logit-normal
+        noise    [B, M, C, H, W]; None: standard normal
+        drop     bool [B]: chains that get the null class; None: label_drop_prob of them in training, none in eval mode
         """
-        cfg, (B, R) = self.config, latents.shape[:2]
-        if dropped is None and self.training and cfg.label_dropout:
-            dropped = torch.rand(B, device=labels.device) < cfg.label_dropout
-        if dropped is not None:
-            labels = torch.where(dropped, cfg.num_classes, labels)
-        if R == 1 and cfg.num_classes < B and not (self.training and cfg.dropout):
-            # without references c is a function of the class alone: encode each class once, then give every image its class's keys and values
-            c = self.encode(torch.arange(cfg.num_classes + 1, device=labels.device))
-            keys_values = [(k.index_select(0, labels), v.index_select(0, labels)) for k, v in self.decoder.keys_values(c)]
-        else:
-            c = self.encode(labels, latents[:, :-1])  # teacher forcing: the references are real images
-            keys_values = self.decoder.keys_values(c)
-
-        if t is None:
-            t = t_of(torch.randn(B, R * repeats, device=latents.device), t_distribution)
-        elif t.ndim == 1:
-            t, noise = t[:, None].expand(-1, R), noise[:, None].expand_as(latents)
-        M = t.shape[1]
-        x = latents.repeat_interleave(M // R, dim=1)  # [B, M, C, H, W]
+        config, (B, R) = self.config, latents.shape[:2]
+        x = latents.repeat_interleave(batch_mul, dim=1)  # [B, M, C, H, W]
+        t = t_from_normal(torch.randn(x.shape[:2], device=x.device)) if t is None else t
         eps = torch.randn_like(x) if noise is None else noise
-        cross = attention_masks(cfg, c.device)[1].repeat_interleave(M // R, dim=0) if R > 1 else None  # [M, cond_tokens]
-        x_t = (1 - t[..., None, None, None]) * x + t[..., None, None, None] * eps  # Eq. 4
-        v = self.decoder(x_t.flatten(0, 1), t.flatten(), keys_values, cross).view_as(x)
+        if drop is None and self.training:
+            drop = torch.rand(B, device=x.device) < config.label_drop_prob
+        if drop is not None:
+            labels = torch.where(drop, config.num_classes, labels)
+
+        keys_values = self.keys_values(labels, latents[:, :-1])  # teacher forcing: the references are real images
+        mask = attention_masks(config, x.device)[1].repeat_interleave(batch_mul, dim=0) if R > 1 else None
+        t_ = t[..., None, None, None]
+        x_t = (1 - t_) * x + t_ * eps  # Eq. 4
+        v = self.decoder(x_t.flatten(0, 1), t.flatten(), keys_values, mask).view_as(x)
         return (v.float() - (eps - x)).square().mean()  # Eq. 5
 
     forward = loss  # DistributedDataParallel wraps forward
 
-    @torch.no_grad()
-    def decode(self, c, noise, c_null=None, steps=100, cfg=1.0, s1=1.0, s2=1.0, noise_sampler=None, sampler="euler-maruyama", cfg_interval=(0.0, 1.0)):
-        """Diff(c, eps) of Eq. 7: an image for each c [B, K, width] and noise [B, C, H, W] -> latents [B, C, H, W].
+    def keys_values(self, labels, references):
+        """Keys and values of c for every block of the decoder; of large 1-step batches each class is encoded once."""
+        classes = torch.arange(self.config.num_classes + 1, device=labels.device)
+        if references.shape[1] or self.config.dropout or len(labels) < len(classes):
+            return self.decoder.keys_values(self.encode(labels, references))
+        keys_values = self.decoder.keys_values(self.encode(classes))
+        return [(k.index_select(0, labels), v.index_select(0, labels)) for k, v in keys_values]
 
-        cfg is the guidance scale; 1 = none, and then one evaluation a step instead of two. Else c_null [B, K, width] is the condition of the
-        null class, and t in cfg_interval is guided, t elsewhere not (Kynkaanniemi et al. 2024). K may be any part of the chain's cond_tokens: the
-        decoder takes what it is given. sampler "euler-maruyama" is the paper's; "adams-bashforth" has no noise, and no use for s1, s2.
+    def encode_guided(self, labels, references, cfg):
+        """c as decode takes it: of the class and, where cfg is not 1, of the null class with the same references."""
+        if cfg != 1:
+            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+            references = None if references is None else torch.cat([references, references])
+        return self.encode(labels, references)
+
+    @torch.no_grad()
+    def decode(self, c, noise, steps=100, cfg=1.0, s1=1.0, s2=1.0, sampler="euler-maruyama", noise_sampler=None):
+        """Diff(c, eps) of Eq. 7: one image for each condition.
+
+        c        [B, K, width], K up to cond_tokens; under guidance [2 B, K, width], the null class's conditions last
+        noise    [B, C, H, W], standard normal
+        cfg      guidance scale; 1 is none, at one evaluation a step instead of two
+        sampler  "euler-maruyama", the paper's, or "adams-bashforth", which has no noise and no use for s1, s2
+        Returns latents [B, C, H, W].
         """
-        B, (lo, hi) = len(c), cfg_interval
-        keys_values = self.decoder.keys_values(c if cfg == 1 else torch.cat([c, c_null]))
-        conditional = [(k[:B], v[:B]) for k, v in keys_values]
+        keys_values = self.decoder.keys_values(c)
 
         def velocity(x, t):
-            guided, t = cfg != 1 and lo <= t <= hi, torch.full((1,), t.item(), device=x.device)
-            if not guided:
-                return self.decoder(x, t, conditional).to(torch.float32, copy=True)
-            # the drift x + (2 - t) v is affine in v, so mixing velocities is mixing drifts: d_null + cfg (d - d_null)
+            t = torch.full((1,), t, device=x.device)
+            if cfg == 1:
+                # a copy, since CUDA graphs reuse the memory of their output
+                return self.decoder(x, t, keys_values).to(torch.float32, copy=True)
             v, v_null = self.decoder(torch.cat([x, x]), t, keys_values).float().chunk(2)
-            return v_null + cfg * (v - v_null)
+            return v_null + cfg * (v - v_null)  # the drift is affine in v, so mixing velocities is mixing drifts
 
         if sampler == "adams-bashforth":
             return adams_bashforth(velocity, noise, steps)
         return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
 
     @torch.no_grad()
-    def sample(self, labels, refs=None, steps=100, cfg=1.0, s1=1.0, s2=1.0, noise=None, noise_sampler=None, fresh_noise=False, sampler="euler-maruyama", cfg_interval=(0.0, 1.0)):
-        """Algorithms 1 and 2: draw the chain image by image -> latents [B, refs, C, H, W]; the last image is the result.
+    def sample(self, labels, refs=None, noise=None, noise_sampler=None, fresh_noise=False, **settings):
+        """Algorithms 1 and 2: draw a chain image by image -> latents [B, refs, C, H, W]; the last image is the result.
 
-        labels [B]; refs <= config.refs stops the chain early. What is fed back as x_k is the image's latent (Eq. 11), not c_k
-        (Algorithm 2), as in the release. Under guidance (cfg, see decode) the unconditional branch has the null class but the same
-        references. noise [B, C, H, W] starts every image of the chain, unless fresh_noise draws one for each by noise_sampler.
-        Raises ValueError if refs does not fit the model.
+        What is fed back is the image's latent (Eq. 11), as in the release; Algorithm 2 says c_k.
+
+        labels         int64 [B]
+        refs           images to draw, at most config.refs (default: all)
+        noise          [B, C, H, W], standard normal: every image of a chain starts from it, as in the release
+        noise_sampler  as for euler_maruyama
+        fresh_noise    start every image from noise of its own
+        settings       steps, cfg, s1, s2 and sampler, as for decode (default: the published ones of the model)
         """
-        refs = self.config.refs if refs is None else refs
-        if not 1 <= refs <= self.config.refs:
-            raise ValueError(f"refs {refs}: this model draws chains of 1 to {self.config.refs} images")
-        B, size = len(labels), self.config.latent_size
-        noise_sampler = noise_sampler or torch.randn_like
+        config, noise_sampler = self.config, noise_sampler or torch.randn_like
+        refs = refs or config.refs
+        settings = sampling_settings(config) | {k: v for k, v in settings.items() if v is not None}
+        if not 1 <= refs <= config.refs:
+            raise ValueError(f"refs {refs}: the model draws chains of 1 to {config.refs} images")
         if noise is None:
-            noise = noise_sampler(torch.empty(B, self.config.latent_channels, size, size, device=labels.device))
-        chain = noise[:, None][:, :0]
+            noise = noise_sampler(torch.empty(len(labels), *config.latent_shape, device=labels.device))
+        chain = noise[:, None][:, :0]  # no images yet: [B, 0, C, H, W]
         for k in range(refs):
-            c = self.encode(labels, chain)
-            c_null = self.encode(torch.full_like(labels, self.config.num_classes), chain) if cfg != 1 else None
+            c = self.encode_guided(labels, chain, settings["cfg"])
             start = noise_sampler(noise) if fresh_noise and k else noise
-            x = self.decode(c, start, c_null, steps, cfg, s1, s2, noise_sampler, sampler, cfg_interval)
+            x = self.decode(c, start, noise_sampler=noise_sampler, **settings)
             chain = torch.cat([chain, x[:, None]], dim=1)
         return chain
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
-RELEASED_NAMES = (  # the released files' names -> ours; first match wins
+RELEASED_NAMES = (  # prefixes of the released files' names -> ours; the first match wins
     ("fake_latent", "ar.null_class"),
     ("mask_token", "ar.mask_tokens"),
     ("encoder_pos_embed_learned", "ar.positions"),
@@ -496,30 +492,31 @@ RELEASED_NAMES = (  # the released files' names -> ours; first match wins
 )
 
 
-def our_name(name):
-    return next((ours + name[len(theirs) :] for theirs, ours in RELEASED_NAMES if name.startswith(theirs)), name)
+@contextlib.contextmanager
+def readable(path, kind):
+    """Turn whatever a damaged or foreign file raises in the body into a ValueError of one line that names the file."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, OSError) and e.filename:  # no such file, no permission: the error names the file itself
+            raise
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        reason = "".join(c if c.isprintable() else repr(c)[1:-1] for c in reason)
+        raise ValueError(f"{path}: not a readable {kind} ({reason})") from None
 
 
 def load_file(path):
-    """A checkpoint's contents, on the CPU, weights only: no code in it is run. argparse.Namespace alone is let through, since the released files hold one.
-
-    Raises OSError if the file cannot be opened, ValueError if it is not a checkpoint.
-    """
-    with open(path, "rb"):
-        pass  # or an OSError that names it
-    try:
-        if zipfile.is_zipfile(path):  # torch does not look at the checksums that it writes
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise ValueError("it is damaged, a checksum is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises a dozen types here, depending on which byte is wrong
-        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'cut short'})") from None
+    """Contents of a checkpoint on the CPU, memory-mapped; weights only, so no code in it is run."""
+    with readable(path, "checkpoint"):
+        zipped = zipfile.is_zipfile(path)
+        if zipped and zipfile.ZipFile(path).testzip():  # torch.load does not compare the checksums
+            raise ValueError("damaged: a checksum is wrong")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the released files hold one
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
-def config_of(state):
-    """Config of a state dict under our names, read off its shapes. The heads are in no shape: 16 at width 1280, else width / 64."""
+def config_from_shapes(state):
+    """Config of a state dict under our names. Heads are in no shape: 16 at width 1280, else width / 64."""
     width, mask_tokens = state["ar.null_class"].shape[1], state["ar.mask_tokens"].shape[1]
     cond_tokens = state["cond_positions"].shape[1]
     return Config(
@@ -537,71 +534,34 @@ def config_of(state):
 
 
 def load_state(path, ema=True):
-    """(config, state dict under our names in float32, the file's other entries) of a checkpoint, ours or the release's.
-
-    Raises ValueError if it is neither, OSError if it cannot be opened.
-    """
+    """(config, float32 state dict under our names, the file's other entries) of a checkpoint, ours or the release's."""
     ckpt = load_file(path)
-    state = ckpt.get("model") if isinstance(ckpt, dict) else None
-    if ema and state is not None:
-        state = ckpt.get("model_ema") or state
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path}: not a TransDiff checkpoint (expected a dict with 'model', and 'model_ema' if there is one)")
-    state = {our_name(k): v.float() for k, v in state.items()}
-    if "ar.mask_tokens" not in state or "decoder.positions" not in state:
-        raise ValueError(f"{path}: not a TransDiff model (no AR Transformer and decoder in it); is it a VAE?")
-    if state["ar.mask_tokens"].shape[1] == 1 and "config" not in ckpt:
-        # the release's 1-step files carry the reference projection, which 1-step AR never uses (and DDP would object to)
-        state = {k: v for k, v in state.items() if not k.startswith("ar.reference_proj.")}
-    try:
-        config = Config(**ckpt["config"]) if "config" in ckpt else config_of(state)
-    except (KeyError, TypeError, ValueError, IndexError) as e:
-        raise ValueError(f"{path}: not a TransDiff model: {e}") from None
-    return config, state, {k: ckpt[k] for k in ("size", "step", "classes", "vae", "vae_digest") if k in ckpt}
+    with readable(path, "TransDiff model"):
+        state = ema and ckpt.get("model_ema") or ckpt["model"]
+        for theirs, ours in RELEASED_NAMES:
+            state = {ours + k.removeprefix(theirs) if k.startswith(theirs) else k: v for k, v in state.items()}
+        state = {k: v.float() for k, v in state.items()}
+        if "config" in ckpt:
+            config = Config(**ckpt["config"])
+        else:
+            config = config_from_shapes(state)
+            if config.refs == 1:  # the released 1-step files hold a projection that 1-step AR never uses
+                state = {k: v for k, v in state.items() if not k.startswith("ar.reference_proj.")}
+        info = {k: ckpt[k] for k in ("step", "classes", "vae", "vae_digest") if k in ckpt}
+    return config, state, info
 
 
 def load_checkpoint(path, device="cpu", ema=True):
-    """TransDiff of a checkpoint, ours (last.pt, ema.pt) or the release's, float32, eval mode, gradients off.
+    """TransDiff of a checkpoint, ours (last.pt, ema.pt) or the release's: float32, eval mode, gradients off.
 
-    ema prefers the averaged weights where the file has both. Raises ValueError if the file is no TransDiff model, OSError if it cannot be opened.
+    ema   take the EMA weights where the file has both
+    model.info has step, classes (names), vae (path) and vae_digest of our files. Raises ValueError if the file is not a
+    TransDiff model, OSError if it cannot be opened.
     """
     config, state, info = load_state(path, ema)
-    with torch.device("meta"):
-        model = TransDiff(config)
-    try:
+    with readable(path, "TransDiff model"):
+        with torch.device("meta"):
+            model = TransDiff(config)
         model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as e:
-        raise ValueError(f"{path}: weights do not fit TransDiff: {str(e).splitlines()[1].strip()}") from None
-    model.info = info  # of our files: size, step, classes (names), vae (the file its latents came from), vae_digest
+    model.info = info
     return model.to(device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def warm_start(model, config, state, path="checkpoint"):
-    """Fill `model` from the weights of another shape (`config`, `state` as from load_state) and return a line for each thing converted.
-
-    1-step -> MRAR: the mask embedding is copied into each mask token, every position is kept, the reference projection is new.
-    256 -> 512 px: the decoder's positions are interpolated. Another number of classes: the class embeddings are new.
-    Raises ValueError for any other difference.
-    """
-    new, notes, state = model.config, [], dict(state)
-    if config.refs == 1 and new.refs > 1:
-        state["ar.mask_tokens"] = state["ar.mask_tokens"].expand(-1, new.tokens_per_image, -1)
-        notes.append(f"1-step -> refs {new.refs}: mask embedding copied into {new.tokens_per_image} mask tokens, reference projection new")
-    if config.latent_size != new.latent_size and config.refs == new.refs == 1:
-        grid = state["decoder.positions"].unflatten(1, (config.latent_size, -1)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(new.latent_size, new.latent_size), mode="bicubic", align_corners=False)
-        state["decoder.positions"] = grid.flatten(2).transpose(1, 2)
-        notes.append(f"latents {config.latent_size} -> {new.latent_size}: decoder positions interpolated")
-    if config.num_classes != new.num_classes:
-        del state["ar.class_embedding.weight"]
-        notes.append(f"{config.num_classes} -> {new.num_classes} classes: class embeddings new")
-    fresh = {"ar.class_embedding.weight"} if config.num_classes != new.num_classes else set()
-    fresh |= {"ar.reference_proj.weight", "ar.reference_proj.bias"} if config.refs == 1 else set()
-    own = model.state_dict()
-    wrong = [k for k in own.keys() | state.keys() if k not in fresh and (k not in own or k not in state or own[k].shape != state[k].shape)]
-    if wrong:
-        differ = [f"{f.name} {getattr(config, f.name)} against {getattr(new, f.name)}" for f in dataclasses.fields(Config) if getattr(config, f.name) != getattr(new, f.name)]
-        raise ValueError(f"{path}: weights of another shape: {', '.join(differ) or sorted(wrong)[0]}")
-    model.load_state_dict(state, strict=False)
-    return notes

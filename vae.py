@@ -1,12 +1,15 @@
 """Stage 0: pixels <-> latents. KL autoencoder, reading images, the latent cache.
 
     python vae.py train  --data SRC --out vae.pt            train an autoencoder (L1 + KL) on your own images
-    python vae.py encode --data SRC --vae vae.pt --out DIR  encode a source once; train.py reads DIR ever after
+    python vae.py encode --data SRC --vae vae.pt --out DIR  encode the images once; train.py reads DIR from then on
 
-SRC is a class-per-folder tree of images (JPEG, PNG, WebP) or an .npz of uint8 images and labels. TransDiff itself never sees
-a pixel: it is trained on, and draws, the latents of this autoencoder (Section 3.1: "a VAE to project images into a continuous
-latent space"). The paper's is LDM's KL-16, whose parameter names are kept, so that the released file loads as it is.
+SRC is a folder of class folders of images (JPEG, PNG, WebP ...), or an .npz of uint8 images and labels. TransDiff never
+sees a pixel: it is trained on, and draws, the latents of this autoencoder (Section 3.1). The paper's is LDM's KL-16,
+whose parameter names are kept, so that the released file loads as it is.
+
+The last section is shared by all scripts: writing files, arguments, devices, error messages, pictures.
 """
+
 import argparse
 import difflib
 import errno
@@ -15,55 +18,59 @@ import http.client
 import json
 import math
 import os
+import struct
 import sys
 import time
 import urllib.request
 import warnings
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from model import load_file
+from model import attention, load_file, readable
 
-DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))  # relative: it is recorded in caches and checkpoints
+DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))  # relative, since caches and checkpoints record it
 DEMO_DATA, DEMO_VAE, DEMO_MODEL = DEMO / "fashion_mnist_10k.npz", DEMO / "vae.pt", DEMO / "mrar.pt"
-RELEASED_SCALE = 0.2325  # 1 / standard deviation of the released VAE's latents on ImageNet; its file does not say so
-ARCHS = {  # of vae.py train --arch: kl16 is the paper's (256 px -> 16 x 16 x 16), small is the demo's (32 px -> 8 x 8 x 8)
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RELEASED_SCALE = 0.2325  # 1 / standard deviation of the released VAE's latents on ImageNet; not in its file
+ARCHS = {  # kl16: the paper's, 256 px -> 16 x 16 x 16; small: the demo's, 32 px -> 8 x 8 x 8
     "kl16": dict(channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=16),
     "small": dict(channels=32, multipliers=(1, 1, 2), blocks=1, z_channels=8),
 }
 
 
 # ---------------------------------------------------------------------------------------------- the autoencoder
-
-
 def norm(channels):
-    # LDM's 32 groups; a level of fewer than 128 channels has groups of 4 instead, since one-channel groups would
-    # normalise each map's mean (the brightness) away
+    # 32 groups as in LDM, but at least 4 channels each: groups of one would remove a map's mean, the brightness
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+def conv3(cin, cout):
+    return nn.Conv2d(cin, cout, 3, padding=1)
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
-        if cin != cout:
-            self.nin_shortcut = nn.Conv2d(cin, cout, 1)
+        self.norm1, self.conv1 = norm(cin), conv3(cin, cout)
+        self.norm2, self.conv2 = norm(cout), conv3(cout, cout)
+        self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over the pixels of a feature map."""
+    """Single-head self-attention over the positions of a feature map."""
 
     def __init__(self, channels):
         super().__init__()
@@ -72,121 +79,73 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # [B, HW, C]
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        h = attention(*(f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v)), heads=1)  # [B, HW, C]
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
+def sequence(**modules):
+    return nn.Sequential(OrderedDict(modules))
+
+
+def middle(channels):
+    block_1, block_2 = ResnetBlock(channels, channels), ResnetBlock(channels, channels)
+    return sequence(block_1=block_1, attn_1=AttnBlock(channels), block_2=block_2)
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention if `attention`, then a change of resolution."""
+
+    def __init__(self, cin, cout, blocks, attention=False, downsample=None, upsample=None):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.block = nn.ModuleList(ResnetBlock(cin if i == 0 else cout, cout) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(cout) if attention else nn.Identity() for _ in range(blocks))
+        self.downsample, self.upsample = downsample or nn.Identity(), upsample or nn.Identity()
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # LDM pads right and bottom only
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
+        return self.upsample(self.downsample(x))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Mid(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResnetBlock(channels, channels), AttnBlock(channels), ResnetBlock(channels, channels)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Encoder(nn.Module):
+def encoder(channels, multipliers, blocks, z_channels):
     """[B, 3, H, W] -> [B, 2 z_channels, H / f, W / f], f = 2 ** (levels - 1). Attention at the last level."""
-
-    def __init__(self, channels, multipliers, blocks, z_channels):
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        self.down = nn.ModuleList()
-        cin = channels
-        for i, m in enumerate(multipliers):
-            level, last = nn.Module(), i == len(multipliers) - 1
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
-            for _ in range(blocks):
-                level.block.append(ResnetBlock(cin, channels * m))
-                cin = channels * m
-                if last:
-                    level.attn.append(AttnBlock(cin))
-            if not last:
-                level.downsample = Downsample(cin)
-            self.down.append(level)
-        self.mid = Mid(cin)
-        self.norm_out, self.conv_out = norm(cin), nn.Conv2d(cin, 2 * z_channels, 3, padding=1)
-
-    def forward(self, x):
-        h = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            for j, block in enumerate(level.block):
-                h = block(h)
-                if len(level.attn):
-                    h = level.attn[j](h)
-            if i < len(self.down) - 1:
-                h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+    levels, cin = [], channels
+    for i, cout in enumerate(channels * m for m in multipliers):
+        last = i == len(multipliers) - 1  # LDM pads right and bottom only
+        down = sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2))
+        levels.append(Level(cin, cout, blocks, attention=last, downsample=None if last else down))
+        cin = cout
+    ends = dict(norm_out=norm(cin), silu=nn.SiLU(), conv_out=conv3(cin, 2 * z_channels))
+    return sequence(conv_in=conv3(3, channels), down=nn.Sequential(*levels), mid=middle(cin), **ends)
 
 
-class Decoder(nn.Module):
-    """[B, z_channels, h, w] -> [B, 3, f h, f w]. One block a level more than the encoder, no attention in the levels."""
-
-    def __init__(self, channels, multipliers, blocks, z_channels):
-        super().__init__()
-        cin = channels * multipliers[-1]
-        self.conv_in = nn.Conv2d(z_channels, cin, 3, padding=1)
-        self.mid = Mid(cin)
-        levels = []
-        for i, m in reversed(list(enumerate(multipliers))):
-            level = nn.Module()
-            level.block = nn.ModuleList()
-            for _ in range(blocks + 1):
-                level.block.append(ResnetBlock(cin, channels * m))
-                cin = channels * m
-            if i > 0:
-                level.upsample = Upsample(cin)
-            levels.insert(0, level)  # LDM counts levels from the pixels: up.0 runs last
-        self.up = nn.ModuleList(levels)
-        self.norm_out, self.conv_out = norm(cin), nn.Conv2d(cin, 3, 3, padding=1)
-
-    def forward(self, z):
-        h = self.mid(self.conv_in(z))
-        for i in reversed(range(len(self.up))):
-            for block in self.up[i].block:
-                h = block(h)
-            if i > 0:
-                h = self.up[i].upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+def decoder(channels, multipliers, blocks, z_channels):
+    """[B, z_channels, h, w] -> [B, 3, f h, f w]. One block a level more than the encoder; no attention in levels."""
+    levels, top = OrderedDict(), channels * multipliers[-1]
+    cin = top
+    for i, m in reversed(list(enumerate(multipliers))):  # LDM counts levels from the pixels: up.0 runs last
+        cout = channels * m
+        up = sequence(enlarge=nn.Upsample(scale_factor=2.0), conv=conv3(cout, cout))
+        levels[str(i)] = Level(cin, cout, blocks + 1, upsample=up if i > 0 else None)
+        cin = cout
+    ends = dict(norm_out=norm(cin), silu=nn.SiLU(), conv_out=conv3(cin, 3))
+    return sequence(conv_in=conv3(z_channels, top), mid=middle(top), up=nn.Sequential(levels), **ends)
 
 
 class AutoencoderKL(nn.Module):
-    """LDM's KL autoencoder (Rombach et al. 2022) under LDM's parameter names.
-
-    `scale` is 1 / standard deviation of its latents: TransDiff works on `scale * z`, which has unit variance.
-    `image_size` is the size in pixels that it was trained at; any multiple of `factor` works.
-    """
+    """LDM's KL autoencoder (Rombach et al. 2022). `scale` is 1 / standard deviation of its latents."""
 
     def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=16):
         super().__init__()
-        self.encoder = Encoder(channels, multipliers, blocks, z_channels)
-        self.decoder = Decoder(channels, multipliers, blocks, z_channels)
+        self.encoder = encoder(channels, multipliers, blocks, z_channels)
+        self.decoder = decoder(channels, multipliers, blocks, z_channels)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
         self.z_channels, self.factor = z_channels, 2 ** (len(multipliers) - 1)
         self.scale, self.image_size, self.path, self.digest = RELEASED_SCALE, 256, "", ""
 
     def encode(self, x):
-        """x [B, 3, H, W] in [-1, 1] -> mean, logvar, each [B, z, H / factor, W / factor]; logvar clipped to [-30, 20]."""
+        """x [B, 3, H, W] in [-1, 1] -> mean, logvar, each [B, z, H / factor, W / factor]."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
@@ -195,34 +154,32 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-def load_vae(path, device="cpu"):
-    """AutoencoderKL from our file or the released one, float32, eval mode; its shape is read off the weights.
+def sample_posterior(mean, logvar, noise):
+    """mean, logvar, noise, each [..., z, h, w] -> latents [..., z, h, w]; noise standard normal."""
+    return mean + (0.5 * logvar).exp() * noise
 
-    Raises ValueError if the file is not a VAE checkpoint, or its weights do not fit strictly; OSError if it cannot be read.
-    """
+
+def load_vae(path, device="cpu"):
+    """AutoencoderKL of our file or the released one, float32, eval mode, gradients off."""
     ckpt = load_file(path)
-    state = ckpt.get("model") if isinstance(ckpt, dict) else None
-    if not isinstance(state, dict) or "quant_conv.weight" not in state or "encoder.conv_in.weight" not in state:
-        raise ValueError(f"{path}: not a VAE checkpoint (expected {{'model': ...}} with LDM's names); is it a TransDiff model?")
-    channels = state["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-    blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block."))
-    multipliers = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels for i in range(levels)]
-    vae = AutoencoderKL(channels, multipliers, blocks, state["post_quant_conv.weight"].shape[0])
-    try:
-        vae.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
-    except RuntimeError as e:
-        raise ValueError(f"{path}: not an LDM autoencoder: {str(e).splitlines()[1].strip()}") from None
-    vae.scale, vae.image_size = float(ckpt.get("scale", RELEASED_SCALE)), int(ckpt.get("image_size", 256))
-    vae.path, vae.digest = str(path), digest(Path(path).read_bytes())  # recorded with the latents it makes
+    with readable(path, "VAE"):
+        state = {k: v.float() for k, v in ckpt["model"].items()}
+        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+        blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block."))
+        channels = len(state["encoder.conv_in.weight"])
+        multipliers = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // channels for i in range(levels)]
+        with torch.device("meta"):
+            vae = AutoencoderKL(channels, multipliers, blocks, len(state["post_quant_conv.weight"]))
+        vae.load_state_dict(state, strict=True, assign=True)
+        vae.scale, vae.image_size = float(ckpt.get("scale", RELEASED_SCALE)), int(ckpt.get("image_size", 256))
+        if not 0 < vae.scale < math.inf:
+            raise ValueError(f"its scale is {vae.scale}")
+    vae.path, vae.digest = str(path), sha256_prefix(Path(path).read_bytes())  # recorded with the latents it makes
     return vae.to(device).eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------- images
-
-
-def pixels(vae, latents):
-    """Scaled latents [N, z, h, w], as TransDiff draws them -> uint8 images [N, H, W, 3]. Raises ValueError if they are not finite, rather than draw black."""
+def latents_to_images(vae, latents):
+    """Scaled latents [N, z, h, w], as TransDiff draws them -> uint8 images [N, H, W, 3]."""
     x = torch.cat([vae.decode(z / vae.scale).float() for z in latents.split(16)])
     if not torch.isfinite(x).all():
         raise ValueError("the sampler gave values that are not finite; try --dtype fp32, or a smaller --cfg")
@@ -239,328 +196,407 @@ def from_uint8(images):
     return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def save_grid(images, path, columns, pad=2, zoom=None):
-    """Write uint8 images [N, H, W, 3] as one PNG, row by row, `pad` white pixels apart; small ones are enlarged to be seen."""
-    n, h, w = images.shape[:3]
-    rows = -(-n // columns)
-    grid = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
-        grid[y : y + h, x : x + w] = image
-    zoom = zoom or max(1, 64 // h)
-    picture = Image.fromarray(grid).resize((grid.shape[1] * zoom, grid.shape[0] * zoom), Image.Resampling.NEAREST)
-    write_whole(path, lambda f: picture.save(f, format="PNG"))
+# ---------------------------------------------------------------------------------------------- images
 
-
-def to_rgb(image):
-    """PIL image of any mode -> RGB, upright by its EXIF tag, transparency on black (what a decoder that drops alpha would show)."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
-    return image.convert("RGB")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def read_image(path):
-    """RGB PIL image of a file of any mode, upright; the first frame of an animation. Raises ValueError if it cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of images that are large but not refused
-            with Image.open(path) as image:
-                return to_rgb(image)
-    except Exception as e:  # Pillow raises a dozen types, depending on which byte is wrong
-        raise ValueError(f"{path}: cannot be read as an image ({str(e) or type(e).__name__})") from None
+    """RGB PIL image of a file of any mode: upright by EXIF, transparency on black, first frame of an animation."""
+    with readable(path, "image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, and of large images
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+        return image.convert("RGB")
 
 
 def center_crop(image, size):
-    """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while twice too large, bicubic to size, cut the centre square."""
-    long, short = max(image.size), min(image.size)
-    if long > 16 * short:  # a strip of 20,000 x 50 px would be enlarged to gigabytes, only to cut out its middle
-        x, y = ((side - min(side, 16 * short)) // 2 for side in image.size)
-        image = image.crop((x, y, image.width - x, image.height - y))
+    """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while twice too large, then bicubic, centre square."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = size / min(image.size)
-    image = image.resize((max(size, round(image.width * ratio)), max(size, round(image.height * ratio))), Image.Resampling.BICUBIC)
+    new_size = [max(size, round(side * ratio)) for side in image.size]
+    image = image.resize(new_size, Image.Resampling.BICUBIC)
     x, y = (image.width - size) // 2, (image.height - size) // 2
     return np.array(image.crop((x, y, x + size, y + size)))
 
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-
 def image_files(root):
-    """Paths of the images under a folder, at any depth, sorted. Hidden files and folders, and files of other kinds, are passed over."""
-    found = []
+    """Paths of the images under a folder, at any depth, sorted; hidden files and folders are left out."""
+    paths = []
     for folder, folders, files in os.walk(root):
         folders[:] = [d for d in folders if not d.startswith(".")]
-        found += [os.path.join(folder, f) for f in files if f.lower().endswith(IMAGES) and not f.startswith(".")]
-    return sorted(found, key=os.fsencode)
+        names = [f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
+        paths += [os.path.join(folder, f) for f in names]
+    return sorted(paths, key=os.fsencode)
 
 
-class ImageFolder(torch.utils.data.Dataset):
-    """DIR/<class>/**/<image>: the classes are the sorted folder names, as in ImageNet."""
-
-    def __init__(self, root, size):
-        self.root, self.size, paths, labels = str(root), size, [], []
-        above = Path(os.path.realpath(root), "x").parents  # a link to one of these would lead round in a circle
-        self.classes = sorted(d.name for d in os.scandir(root) if os.path.isdir(d) and not d.name.startswith(".") and Path(os.path.realpath(d)) not in above)
-        for label, name in enumerate(self.classes):
-            found = image_files(os.path.join(root, name))
-            if not found:
-                raise ValueError(f"{os.path.join(root, name)}: no images in this class folder; remove it or fill it")
-            paths += [os.fsencode(os.path.relpath(p, root)) for p in found]
-            labels += [label] * len(found)
-        if not paths:
-            raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>, an image being one of {' '.join(IMAGES)}")
-        self.paths, self.labels = np.array(paths), np.array(labels)  # arrays, not lists: 40 bytes an image for ImageNet
-        self.digest = digest(str(self.classes).encode() + self.paths.tobytes())
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return center_crop(read_image(os.path.join(self.root, os.fsdecode(self.paths[i]))), self.size)
+def read_folder(root, labelled):
+    """(paths below root as bytes [N], labels [N], class names); labelled: the classes are the sorted subfolders."""
+    names = [""]
+    if labelled:
+        above = Path(os.path.realpath(root), "x").parents  # a link to one of these would be a cycle
+        folders = [d for d in os.scandir(root) if os.path.isdir(d) and not d.name.startswith(".")]
+        names = sorted(d.name for d in folders if Path(os.path.realpath(d)) not in above)
+    paths = [image_files(os.path.join(root, name)) for name in names]
+    empty = [name for name, files in zip(names, paths) if not files]
+    if empty:
+        raise ValueError(f"{Path(root, empty[0])}: no images in this folder; remove it or fill it")
+    if not names:
+        raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>")
+    labels = np.repeat(np.arange(len(names)), [len(files) for files in paths])
+    return np.array([os.fsencode(os.path.relpath(p, root)) for files in paths for p in files]), labels, names
 
 
-class NpzImages(torch.utils.data.Dataset):
-    """.npz of uint8 images [N, H, W] or [N, H, W, 1 or 3] (`images` or `arr_0`) and labels [N] (`labels` or `arr_1`).
+def read_npz(path, labelled):
+    """(images uint8 [N, H, W, 1 or 3], labels [N], names) of an .npz: images or arr_0, labels or arr_1, classes."""
+    with readable(path, ".npz of images"), np.load(path, allow_pickle=False) as data:
+        images = map_array(path, "images" if "images" in data else "arr_0")
+        images = images[..., None] if images.ndim == 3 else images
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or images.size == 0:
+            raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]")
+        key = "labels" if "labels" in data else "arr_1"
+        labels = data[key] if labelled or key in data else np.zeros(len(images), np.int64)
+        names = data["classes"] if "classes" in data else np.arange(labels.max() + 1)
+        one_each = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+        if not (one_each and 0 <= labels.min() <= labels.max() < len(names)):
+            expected = f"integers from 0 to {len(names) - 1}, one for each of {len(images)} images"
+            raise ValueError(f"labels are {labels.dtype} {labels.shape}, expected {expected}")
+    return images, labels.astype(np.int64), [str(name) for name in names]
 
-    The whole array is held in memory: a large data set belongs in a folder. Larger images are cropped as ADM does; smaller ones are padded, not enlarged, with the colour that their corners mostly have.
+
+def map_array(path, name):
+    """Array of an .npz: memory-mapped if it is stored uncompressed, so that it is never held whole, else read."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        info = archive.getinfo(f"{name}.npy")
+        if info.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(member) != (1, 0):
+            return np.lib.format.read_array(archive.open(info), allow_pickle=False)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        if dtype.hasobject or fortran:
+            raise ValueError(f"{name} is not an array of numbers in C order")
+        with open(path, "rb") as f:  # the local header of 30 bytes ends with the lengths of the two fields after it
+            f.seek(info.header_offset + 26)
+            start = info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4)))
+        return np.memmap(path, dtype, "r", start + member.tell(), shape)
+
+
+class Images(torch.utils.data.Dataset):
+    """Images of a folder or an .npz: item i is uint8 [H, W, 3].
+
+    path      folder of class folders (not labelled: of images, at any depth), or .npz of uint8 images and labels
+    size      pixels: crop every image to size x size; None: take them as they are, all of one size
+    labelled  have `labels`, int64 [N], and `classes`, their names
+
+    An unreadable image raises a ValueError; with `errors_as_items` the item is its message.
     """
 
-    def __init__(self, path, size):
-        try:
-            data = np.load(path, allow_pickle=False)
-            images = data["images" if "images" in data else "arr_0"]
-            labels = data["labels" if "labels" in data else "arr_1"]
-            names = data["classes"] if "classes" in data else None
-        except Exception as e:  # numpy, zipfile and zlib raise a dozen types, depending on which byte is wrong
-            raise ValueError(f"{path}: needs uint8 images (images or arr_0) and labels (labels or arr_1): {e}") from None
-        if 0 in images.shape:
-            raise ValueError(f"{path}: no images in it ({images.shape})")
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
-            raise ValueError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]")
-        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-            wanted = f"expected a whole number >= 0 for each of {len(images)} images"
-            raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, {wanted}")
-        self.images, self.labels, self.size = images, labels.astype(np.int64), size
-        self.classes = [str(n) for n in names] if names is not None else [str(i) for i in range(labels.max() + 1)]
-        if labels.max() >= len(self.classes):
-            raise ValueError(f"{path}: a label is {labels.max()}, but classes names only {len(self.classes)}")
-        self.digest = digest(np.ascontiguousarray(images).tobytes() + self.labels.tobytes() + str(self.classes).encode())
-        corners = images[:1000, [0, 0, -1, -1], [0, -1, 0, -1]].reshape(-1, 1 if images.ndim == 3 else images.shape[3])
-        colours, counts = np.unique(corners, axis=0, return_counts=True)
-        self.border = colours[counts.argmax()]
+    def __init__(self, path, size=None, labelled=True):
+        self.path, self.crop, self.errors_as_items = Path(path), size is not None, False
+        self.folder = self.path.is_dir()
+        if not self.folder and not (self.path.suffix == ".npz" and self.path.is_file()):
+            raise ValueError(f"{path}: no such images; expected a folder, or an .npz of uint8 images")
+        self.items, self.labels, self.classes = (read_folder if self.folder else read_npz)(path, labelled)
+        self.shape = (size, size) if self.crop else self.open(0).size[::-1]
+        # file names of a folder, checksums of an .npz: a file replaced under its name is not noticed
+        contents = self.items.tobytes() if self.folder else [m.CRC for m in zipfile.ZipFile(path).infolist()]
+        self.digest = sha256_prefix(repr((self.classes, contents)).encode())
 
     def __len__(self):
         return len(self.labels)
 
+    def name(self, i):
+        return str(self.path / os.fsdecode(self.items[i])) if self.folder else f"image {i} of {self.path}"
+
+    def open(self, i):
+        if self.folder:
+            return read_image(self.name(i))
+        return Image.fromarray(np.broadcast_to(self.items[i], (*self.items.shape[1:3], 3)).copy())
+
     def __getitem__(self, i):
-        image = self.images[i] if self.images.ndim == 4 else self.images[i][..., None]
-        h, w = image.shape[:2]
-        if max(h, w) > self.size:
-            return center_crop(Image.fromarray(np.broadcast_to(image, (h, w, 3)).copy()), self.size)
-        out = np.empty((self.size, self.size, 3), np.uint8)
-        out[:] = self.border
-        y, x = (self.size - h) // 2, (self.size - w) // 2
-        out[y : y + h, x : x + w] = image
-        return out
-
-
-def open_source(path, size):
-    """ImageFolder or NpzImages of `path`, each item uint8 [size, size, 3]. Raises ValueError if it is neither, or empty."""
-    path = Path(path)
-    if path.is_dir():
-        return ImageFolder(path, size)
-    if path.suffix == ".npz" and path.is_file():
-        return NpzImages(path, size)
-    raise ValueError(f"{path}: no such image source; expected a folder of class folders, or an .npz of images and labels")
+        try:
+            image = self.open(i)
+            if image.size == self.shape[::-1]:
+                return np.array(image)
+            if self.crop:
+                return center_crop(image, self.shape[0])
+            sizes = f"{image.height} x {image.width} px, others are {self.shape[0]} x {self.shape[1]}"
+            raise ValueError(f"{self.name(i)}: is {sizes}; --image-size N crops all of them to N x N")
+        except ValueError as e:
+            if self.errors_as_items:
+                return str(e)
+            raise
 
 
 # ---------------------------------------------------------------------------------------------- the latent cache
 #
-# DIR/moments.npy  float16 [N, 2, 2 z, h, w]: mean and log-variance of the centre crop ([:, 0]) and of its mirror image ([:, 1])
+# DIR/moments.bin  float16 [N, 2, 2 z, h, w]: mean and log-variance of the crop ([:, 0]) and its mirror image ([:, 1])
 # DIR/labels.npy   int64 [N]
-# DIR/meta.json    classes (names), scale, image_size, vae (its file), vae_digest
-# DIR/skipped.txt  images that could not be read, a line each, if --skip-bad passed over any
-#
-# moments.npy is written front to back and memory-mapped in training, so neither end holds more than a batch of it.
+# DIR/cache.json   shape of moments.bin, classes (names), scale, image_size, vae (its path), vae_digest
+# DIR/skipped.txt  images that could not be read, with --skip-bad
 
 
-class Checked(torch.utils.data.Dataset):
-    """A source whose unreadable images are their error messages, so that a loader's worker survives them."""
-
-    def __init__(self, source, start):
-        self.source, self.start = source, start
-
-    def __len__(self):
-        return len(self.source) - self.start
-
-    def __getitem__(self, i):
-        try:
-            return self.source[self.start + i]
-        except ValueError as e:
-            return str(e)
+@torch.inference_mode()
+def encode_moments(vae, images, device, dtype):
+    """Uint8 arrays [H, W, 3] -> float16 [B, 2, 2 z, h, w], the moments of the images and their mirror images."""
+    x = from_uint8(np.stack(images)).to(device)
+    with autocast(device, dtype):
+        views = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
+    moments = torch.stack(views, dim=1).to("cpu", torch.float16)
+    if not moments.isfinite().all():
+        raise ValueError(f"{vae.path}: gives latents that are not finite in float16; is it the right VAE, and trained?")
+    return moments.numpy()
 
 
-def encode_source(source, vae, out, batch_size=32, workers=0, device="cpu", dtype=torch.float32, skip_bad=False):
-    """Encode every image of `source` into the cache folder `out`, which appears whole, at the end. Killed and called again, it goes on.
+def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtype=torch.float32, skip_bad=False):
+    """Encode images into the cache folder `out`, written as OUT.partial and renamed when complete; run again to resume.
 
-    Returns the messages of the images that skip_bad passed over. Raises ValueError if `out` is there already, or OUT.partial is of another run, or
-    at the first image that cannot be read.
+    Returns the messages of the images that skip_bad left out.
     """
-    out, partial = Path(out), Path(f"{out}.partial")
+    out, partial, size, side = Path(out), Path(f"{out}.partial"), images.shape[0], images.shape[0] // vae.factor
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or give another --out")
-    if source.size % vae.factor:
-        raise ValueError(f"--image-size {source.size}: must be a multiple of {vae.factor} for {vae.path}")
-    meta = dict(classes=source.classes, scale=vae.scale, image_size=source.size, vae=vae.path, vae_digest=vae.digest)
-    identity = dict(meta, images=source.digest, batch_size=batch_size, dtype=str(dtype))
-    done = dict(identity, next=0, skipped=[])  # images before `next` are in moments.npy or in skipped: [index, message]
-    if (partial / "done.json").exists():
-        done = json.loads((partial / "done.json").read_text())
-        if {k: done[k] for k in identity} != identity:
-            raise ValueError(f"{partial}: unfinished latents of other images or settings; finish them, remove the folder, or give another --out")
-    partial.mkdir(parents=True, exist_ok=True)
-    h = source.size // vae.factor
-    row = (2, 2 * vae.z_channels, h, h)
-    loader = torch.utils.data.DataLoader(Checked(source, done["next"]), batch_size, num_workers=workers, collate_fn=list)
-
-    def header():  # of as many bytes whatever N is: numpy leaves room for it to grow
-        f.seek(0)
-        np.lib.format.write_array_header_1_0(f, dict(descr="<f2", fortran_order=False, shape=(done["next"] - len(done["skipped"]), *row)))
+    if size % vae.factor:
+        raise ValueError(f"--image-size {size}: must be a multiple of {vae.factor} for {vae.path}")
+    shape = (2, 2 * vae.z_channels, side, side)
+    settings = dict(scale=vae.scale, vae=vae.path, vae_digest=vae.digest, image_size=size, images=images.digest)
+    record = read_record(partial / "cache.json", settings | dict(batch_size=batch_size, dtype=str(dtype)))
+    done, skipped = record.get("done", 0), record.get("skipped", [])  # skipped: [index, message] of bad images
 
     def save():
         f.flush()
         os.fsync(f.fileno())
-        write_whole(partial / "done.json", lambda g: g.write(json.dumps(done).encode()))
+        rows = (done - len(skipped), *shape)
+        progress = dict(record, classes=images.classes, shape=rows, done=done, skipped=skipped)
+        atomic_write(partial / "cache.json", json.dumps(progress).encode())
 
-    with open(partial / "moments.npy", "r+b" if done["next"] else "wb") as f, torch.inference_mode():
-        header()
-        f.seek(2 * math.prod(row) * (done["next"] - len(done["skipped"])), os.SEEK_CUR)
-        f.truncate()
+    images.errors_as_items = True
+    rest = torch.utils.data.Subset(images, range(done, len(images)))
+    loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, collate_fn=list)
+    bar = tqdm(total=len(images), initial=done, unit="image", desc=f"encoding to {out}")
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(partial / "moments.bin", "ab") as f, bar:
+        f.truncate(2 * math.prod(shape) * (done - len(skipped)))
         saved = time.time()
-        with tqdm(total=len(source), initial=done["next"], unit="image", desc=f"encoding to {out}") as bar:
-            for batch in loader:
-                bad = [[done["next"] + i, x] for i, x in enumerate(batch) if isinstance(x, str)]
-                if bad and not skip_bad:
-                    save()
-                    raise ValueError(bad[0][1] + ("; --skip-bad goes on without such images" if isinstance(source, ImageFolder) else ""))
-                if len(bad) < len(batch):
-                    x = from_uint8(np.stack([x for x in batch if not isinstance(x, str)])).to(device)
-                    with autocast(device, dtype):
-                        pair = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
-                    moments = torch.stack(pair, dim=1).to("cpu", torch.float16)
-                    if not moments.isfinite().all():
-                        raise ValueError(f"{vae.path}: gives latents that are not finite in float16, of an image from {done['next']} on; is it the right VAE, and trained?")
-                    f.write(moments.numpy().tobytes())
-                done["next"] += len(batch)
-                done["skipped"] += bad
-                bar.update(len(batch))
-                if time.time() - saved > 10:
-                    save()
-                    saved = time.time()
-        header()
-        save()
-    skipped = [i for i, _ in done["skipped"]]
-    if len(skipped) == len(source):
-        raise ValueError(f"none of the {len(source)} images could be read; the first: {done['skipped'][0][1]}")
-    np.save(partial / "labels.npy", np.delete(source.labels, skipped))
+        for batch in loader:
+            bad = [[done + i, message] for i, message in enumerate(batch) if isinstance(message, str)]
+            if bad and not skip_bad:
+                save()
+                raise ValueError(f"{bad[0][1]}; --skip-bad leaves such images out")
+            if len(bad) < len(batch):
+                f.write(encode_moments(vae, [x for x in batch if not isinstance(x, str)], device, dtype).tobytes())
+            done, skipped = done + len(batch), skipped + bad
+            bar.update(len(batch))
+            if done == len(images) or time.time() > saved + 10:
+                save()
+                saved = time.time()
+    if len(skipped) == len(images):
+        raise ValueError(f"none of the {len(images)} images could be read; the first: {skipped[0][1]}")
+    indices, messages = [i for i, _ in skipped], [message for _, message in skipped]
+    atomic_write(partial / "labels.npy", lambda f: np.save(f, np.delete(images.labels, indices)))
     if skipped:
-        (partial / "skipped.txt").write_text("".join(f"{message}\n" for _, message in done["skipped"]))
-    show_reconstructions(source, vae, partial / "reconstructions.png", device, skipped)
-    (partial / "meta.json").write_text(json.dumps(meta))
+        atomic_write(partial / "skipped.txt", "\n".join([*messages, ""]).encode(errors="backslashreplace"))
+    show_reconstructions(images, vae, partial / "reconstructions.png", device, indices)
     partial.rename(out)
-    (out / "done.json").unlink()
-    return [message for _, message in done["skipped"]]
+    return messages
+
+
+def show_reconstructions(images, vae, path, device="cpu", skipped=()):
+    """16 images spread over the data: two rows of 8, each over its reconstructions from the posterior mean."""
+    indices = np.delete(np.arange(len(images)), list(skipped))
+    originals = np.stack([images[i] for i in indices[np.linspace(0, len(indices) - 1, 16).astype(int)]])
+    with torch.inference_mode():
+        decoded = [to_uint8(vae.decode(vae.encode(x)[0])) for x in from_uint8(originals).to(device).split(4)]
+    decoded = np.concatenate(decoded)
+    save_grid(np.concatenate([originals[:8], decoded[:8], originals[8:], decoded[8:]]), path, columns=8)
 
 
 class LatentCache:
-    """A cache folder, memory-mapped: `moments` [N, 2, 2 z, h, w] float16, `labels` [N], and `classes`, `scale`, `image_size`, `vae`, `vae_digest`.
-
-    Raises ValueError if the folder is not a whole cache, or holds latents that are not finite: all are looked at up to 256 MiB, of more an even sample.
-    """
+    """A cache folder: `moments` and `labels` as above, memory-mapped, `latent_shape` (z, h, w), and cache.json."""
 
     def __init__(self, path, check=True):
         self.path = path = Path(path)
-        try:
-            meta = json.loads((path / "meta.json").read_text())
-            self.moments = np.load(path / "moments.npy", mmap_mode="r", allow_pickle=False)
-            self.labels = np.load(path / "labels.npy", allow_pickle=False)
-            self.classes, self.scale, self.image_size = meta["classes"], float(meta["scale"]), int(meta["image_size"])
-            self.vae, self.vae_digest = str(meta["vae"]), str(meta["vae_digest"])
-        except Exception as e:  # json and numpy raise a dozen types, depending on which byte is wrong
-            why = "it is unfinished: give the command that began it again" if Path(f"{path}.partial").exists() else f"{type(e).__name__}: {e}"
-            raise ValueError(f"{path}: not a latent cache ({why}); make one with python vae.py encode --data SRC --vae VAE --out {path}") from None
-        m, y = self.moments, self.labels
-        fits = m.ndim == 5 and m.shape[1] == 2 and m.dtype == np.float16 and m.shape[2] % 2 == 0 and m.shape[3] == m.shape[4] and m.size > 0
-        if not fits or y.shape != m.shape[:1] or y.dtype != np.int64 or y.min() < 0 or y.max() >= len(self.classes) or not 0 < self.scale < math.inf:
-            what = f"moments {m.dtype} {m.shape}, labels {y.dtype} {y.shape} of {len(self.classes)} classes, scale {self.scale}"
-            raise ValueError(f"{path}: {what} do not belong together; encode again")
-        self.latent_shape = (m.shape[2] // 2, *m.shape[3:])
-        if not check:
-            return
-        part = -(-min(len(m), 2**28 * len(m) // m.nbytes) // 256)  # so many stretches of 256 images, evenly spread
-        for start in np.linspace(0, max(0, len(m) - 256), part + 1).astype(int):
-            fine = np.isfinite(m[start : start + 256]).all((1, 2, 3, 4))
-            if not fine.all():
-                raise ValueError(f"{path}: the latents of image {start + fine.argmin()} are not finite; encode again")
+        if Path(f"{path}.partial").exists() and not path.exists():
+            raise ValueError(f"{path}: unfinished; repeat the command that encodes it, to resume")
+        if not (path / "cache.json").exists():
+            raise ValueError(f"{path}: not a latent cache; make one: python vae.py encode --data SRC --out {path}")
+        with readable(path, "latent cache"):
+            record = json.loads((path / "cache.json").read_text())
+            self.classes, self.scale, self.image_size = record["classes"], record["scale"], record["image_size"]
+            self.vae, self.vae_digest, shape = record["vae"], record["vae_digest"], tuple(record["shape"])
+            if (path / "moments.bin").stat().st_size != 2 * math.prod(shape) or shape[1] != 2 or shape[2] % 2:
+                raise ValueError("moments.bin does not have the size that cache.json tells")
+            self.moments = np.memmap(path / "moments.bin", np.float16, "r", shape=shape)
+            self.latent_shape = shape[2] // 2, *shape[3:]
+            self.labels = y = np.load(path / "labels.npy", allow_pickle=False)
+            if y.shape != shape[:1] or y.dtype != np.int64 or y.min() < 0 or y.max() >= len(self.classes):
+                raise ValueError("labels.npy does not fit the latents and classes of cache.json")
+            if not 0 < self.scale < math.inf:
+                raise ValueError(f"its scale is {self.scale}")
+            # all latents if they are few, else stretches of 256 images, evenly spread
+            stretches = -(-min(shape[0], 2**28 * shape[0] // self.moments.nbytes) // 256) + 1 if check else 0
+            for start in np.linspace(0, max(0, shape[0] - 256), stretches).astype(int):
+                finite = np.isfinite(self.moments[start : start + 256]).all((1, 2, 3, 4))
+                if not finite.all():
+                    raise ValueError(f"the latents of image {start + finite.argmin()} are not finite; encode again")
 
     def __reduce__(self):
-        return LatentCache, (self.path, False)  # a loader's worker maps the file itself, rather than being sent its contents
+        return LatentCache, (self.path, False)  # a loader's worker maps the file itself
 
     def __len__(self):
         return len(self.labels)
 
 
-def posterior(moments, noise):
-    """Sample of the autoencoder's posterior, mean + std * noise: moments [..., 2 z, h, w] of any float type, noise [..., z, h, w] standard normal."""
-    mean, logvar = moments.float().chunk(2, dim=-3)
-    return mean + (0.5 * logvar).exp() * noise
+# ---------------------------------------------------------------------------------------------- commands
+def train(args):
+    """Train an autoencoder by L1 + KL: LDM's losses without the perceptual and GAN terms."""
+    check_output_path("--out", args.out)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+    images = Images(args.data, args.image_size or (256 if args.arch == "kl16" else 32))
+    vae = AutoencoderKL(**ARCHS[args.arch]).to(device)
+    if images.shape[0] % vae.factor:
+        raise ValueError(f"--image-size {images.shape[0]}: must be a multiple of {vae.factor} for --arch {args.arch}")
+    lr = args.lr or (1e-4 if args.arch == "kl16" else 4e-3)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+    warmup = min(100, args.steps // 10 + 1)
+    cosine = lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / args.steps))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    order = torch.utils.data.RandomSampler(images, num_samples=args.steps * args.batch_size)
+    loader = torch.utils.data.DataLoader(images, args.batch_size, sampler=order, num_workers=args.workers)
+    for batch in (bar := tqdm(loader, unit="step", desc=f"VAE on {args.data}")):
+        x = from_uint8(batch).to(device)
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
+        with autocast(device, dtype):
+            mean, logvar = (m.float() for m in vae.encode(x))
+            y = vae.decode(sample_posterior(mean, logvar, torch.randn_like(mean))).float()
+        l1 = (y - x).abs().mean()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / x.numel()
+        optimizer.zero_grad(set_to_none=True)
+        (l1 + args.kl_weight * kl).backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if bar.n % 20 == 0:
+            bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
+    save_vae(vae.eval().requires_grad_(False), images, args.out, device)
 
 
-# ---------------------------------------------------------------------------------------------- shared by every script
+def save_vae(vae, images, out, device):
+    """Measure the scale of the latents and write the VAE in float16, with a picture of reconstructions beside it."""
+    vae.scale, vae.image_size = 1 / latent_std(vae, images, device), images.shape[0]
+    if not math.isfinite(vae.scale):
+        raise ValueError(f"the training diverged, {out} is not written; try a smaller --lr")
+    ckpt = dict(model={k: v.half() for k, v in vae.state_dict().items()}, scale=vae.scale, image_size=vae.image_size)
+    atomic_write(out, lambda f: torch.save(ckpt, f))
+    picture = Path(out).with_suffix(".png")
+    show_reconstructions(images, vae, picture, device)
+    print(f"latent standard deviation {1 / vae.scale:.4f}, scale {vae.scale:.4f}")
+    print(f"wrote {out}; originals over reconstructions in {picture}")
 
 
-def write_whole(path, write):
-    """Call write(file) on PATH.tmp and rename it to PATH: PATH is the old file or the whole new one, never a part. Raises OSError, naming PATH."""
+@torch.inference_mode()
+def latent_std(vae, images, device, n=2048):
+    """Standard deviation of posterior samples, over every element, of up to n images spread over the data."""
+    z, indices = [], np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
+    for part in np.array_split(indices, -(-len(indices) // 32)):
+        mean, logvar = vae.encode(from_uint8(np.stack([images[i] for i in part])).to(device))
+        z.append(sample_posterior(mean, logvar, torch.randn_like(mean)).double().flatten())
+    return torch.cat(z).std().item()
+
+
+def encode(args):
+    """Encode images into a latent cache, with a picture of reconstructions beside originals."""
+    check_output_path("--out", args.out, folder=True)
+    device = pick_device(args.device)
+    vae = load_vae(args.vae, device)
+    images = Images(args.data, args.image_size or vae.image_size)
+    dtype = pick_dtype(args.dtype, device)
+    skipped = encode_images(images, vae, args.out, args.batch_size, args.workers, device, dtype, args.skip_bad)
+    print(f"wrote {len(images) - len(skipped):,} images of {len(images.classes)} classes to {args.out}")
+    print(f"originals over reconstructions: {args.out}/reconstructions.png")
+    if skipped:
+        print(f"{len(skipped):,} images could not be read and are left out; {args.out}/skipped.txt lists them")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="train | encode")
+    for function in (train, encode):
+        p = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        p.set_defaults(function=function)
+        add = p.add_argument
+        add("--data", default=str(DEMO_DATA), help="folder of class folders, or .npz (default: %(default)s)")
+        add("--image-size", type=bounded(int, 1), help="pixels (default: 32, with kl16 256; of encode the VAE's own)")
+        add("--batch-size", type=bounded(int, 1), default=32, help="images (default: 32)")
+        add("--workers", type=bounded(int, 0), default=0, help="processes that read images (default: 0, this one)")
+        add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+        if function is train:
+            add("--out", default="runs/vae.pt", help="file to write (default: %(default)s)")
+            add("--arch", choices=ARCHS, default="small", help="kl16: the paper's; small: the demo's (default)")
+            add("--steps", type=bounded(int, 1), default=5000, help="optimiser steps (default: 5000)")
+            add("--lr", type=bounded(float, 0), help="peak learning rate, cosine to 0 (default: 4e-3, with kl16 1e-4)")
+            add("--kl-weight", type=bounded(float, 0), default=2e-3, help="weight of the KL term (default: 2e-3)")
+            add("--seed", type=bounded(int, 0), default=0, help="(default: 0)")
+            add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where the hardware has it)")
+        else:
+            add("--vae", default=str(DEMO_VAE), help="VAE, ours or the released one (default: %(default)s)")
+            add("--out", default="runs/latents", help="cache folder to write or resume (default: %(default)s)")
+            add("--skip-bad", action="store_true", help="leave out images that cannot be read, and list them")
+            add("--dtype", choices=["bf16", "fp32"], default="fp32", help="of the encoder (default: fp32)")
+    args = parser.parse_args()
+    args.function(args)
+
+
+# ---------------------------------------------------------------------------------------------- shared by all scripts
+def atomic_write(path, data):
+    """Write `data`, bytes or a function of the open file: PATH is replaced only once the new file is complete."""
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "wb") as f:
-            write(f)
+            f.write(data) if isinstance(data, bytes) else data(f)
             f.flush()
             os.fsync(f.fileno())
         tmp.replace(path)
     except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
+        code, reason = getattr(e, "errno", None) or errno.EIO, getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise OSError(code, f"could not be written ({reason})", str(path)) from None
+    finally:
         tmp.unlink(missing_ok=True)
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
-        raise OSError(getattr(e, "errno", None) or errno.EIO, f"could not be written ({reason}); what was there is as it was", str(path)) from None
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
 
 
-def check_out(flag, path, folder=False):
-    """Raise ValueError, before any work is done, if `path` cannot become a file (or a folder)."""
+def read_record(path, settings):
+    """The JSON record at `path` of an unfinished result, `settings` if there is none; refuses one of other settings."""
+    if not path.exists():
+        return settings
+    with readable(path, "record of an unfinished result"):
+        record = json.loads(path.read_text())
+    if any(record.get(k) != v for k, v in settings.items()):
+        raise ValueError(f"{path.parent}: unfinished, of other inputs or settings; finish it with those, or remove it")
+    return record
+
+
+def check_output_path(flag, path, folder=False):
+    """Refuse, before any work is done, a path that cannot become a file (or a folder)."""
     path = Path(path)
     if path.is_dir() and not folder or path.is_file() and folder:
-        raise ValueError(f"{flag} {path}: is a {'file' if folder else 'folder'}, expected the name of a {'folder' if folder else 'file'}")
-    place = next(p for p in [*([path] if folder else []), *path.absolute().parents] if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"{flag} {path}: {place} is not a folder that can be written to; give another")
+        raise ValueError(f"{flag} {path}: is a {'file' if folder else 'folder'}; give another name")
+    parent = next(p for p in [path if folder else path.absolute().parent, *path.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{flag} {path}: {parent} is not a folder that can be written to; give another")
 
 
 def fetch(url, path):
-    """`path`, downloaded from `url` if it is not there. A download that was cut goes on where it stopped.
-
-    Raises OSError if the server cannot be reached, or sends less than it announced.
-    """
+    """Download `url` to `path` unless it is there; resumes a download that was cut."""
     path = Path(path)
+    while LOCAL_RANK > 0 and not path.exists():  # rank 0 of each machine fetches it
+        time.sleep(1)
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -569,66 +605,73 @@ def fetch(url, path):
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
-            if response.status != 206:  # the server does not resume: from the start
-                have = 0
-            length = response.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
+            have = have if response.status == 206 else 0  # the server may not resume
+            length = int(response.headers.get("Content-Length", 0))
+            bar = tqdm(total=have + length or None, initial=have, unit="B", unit_scale=True, desc=path.name)
+            with open(part, "ab" if have else "wb") as f, bar:
                 while block := response.read(1 << 20):
                     f.write(block)
                     bar.update(len(block))
-        if total and part.stat().st_size != total:
+        if length and part.stat().st_size != have + length:
             raise OSError("the connection closed early")
     except (OSError, http.client.HTTPException) as e:
-        nothing_left = getattr(e, "code", 0) == 416  # either all is there and only missed its rename, or it is no part of that file
-        if not nothing_left or e.headers.get("Content-Range") != f"bytes */{have}":
-            if nothing_left:
+        refused = getattr(e, "code", 0) == 416  # nothing after `have`: it is complete, or a part of another file
+        if not refused or e.headers.get("Content-Range") != f"bytes */{have}":
+            if refused:
                 part.unlink()
-            raise OSError(f"could not fetch {url} ({getattr(e, 'reason', e)}); run it again to go on, or put the file at {path}") from None
+            what = f"could not fetch {url} ({getattr(e, 'reason', e)})"
+            raise OSError(f"{what}; repeat the command to resume, or put the file at {path}") from None
     part.rename(path)
     return path
 
 
 def class_index(flag, word, names, num_classes):
-    """Index of a class given as index or name. Raises ValueError, with the nearest names, for one that the model does not have."""
+    """Index of a class given as index or name; refuses an unknown one with the nearest names."""
     if word in names:
         return names.index(word)
     if word.isdecimal() and int(word) < num_classes:
         return int(word)
-    near = difflib.get_close_matches(word, names)
-    known = f": {', '.join(names)}" if 0 < len(names) <= 20 else f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"{flag} {word}: this model has classes 0 to {num_classes - 1}{known}")
+    near = ", ".join(names if len(names) <= 20 else difflib.get_close_matches(word, names))
+    raise ValueError(f"{flag} {word}: this model has classes 0 to {num_classes - 1}" + f": {near}" * bool(near))
 
 
-def digest(data):
+def sha256_prefix(data):
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def seed_of(*numbers):
-    """One seed of several whole numbers >= 0. (63 bits, of which torch's generators use 32 on a CPU, all on a GPU.)"""
+def derive_seed(*numbers):
+    """One seed, below 2^63, from several integers >= 0."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
+def per_image_noise(seed, indices, device):
+    """noise_sampler(x) whose row i is a function of (seed, indices[i]) alone, whatever else is in the batch."""
+    generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for i in indices]
+
+    def noise_sampler(x):  # drawn on the CPU: the same on every machine
+        noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
+        return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise
+
+    return noise_sampler
+
+
 def pick_device(name=None):
-    """--device, or a GPU if there is one: under torchrun each process its own. Raises ValueError for a device that is not there."""
+    """torch.device of --device; default: a GPU if there is one, under torchrun one for each process."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.empty(0, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"--device {name}: is not to be had here ({str(e).splitlines()[0].split(',')[0][:200]})") from None
+        raise ValueError(f"--device {name}: is not available ({str(e).splitlines()[0].split(',')[0][:200]})") from None
 
 
 def pick_dtype(name, device):
-    """--dtype: bf16 unless it would be emulated (a CPU without bfloat16 instructions), where float32 is faster."""
-    if name is None:
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        name = "bf16" if native else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    """torch.dtype of --dtype; default: bf16, or fp32 on hardware that would emulate bf16."""
+    cuda = device.type == "cuda"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name or ("bf16" if native else "fp32")]
 
 
 def autocast(device, dtype):
@@ -636,179 +679,87 @@ def autocast(device, dtype):
 
 
 def cast_weights(module, dtype):
-    """Keep the weights of products and convolutions in the dtype that autocast would otherwise cast them to at every call; the results are the same."""
+    """Convert once the weights that autocast would convert at every call; the results are the same."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             m.to(dtype)
     return module
 
 
-def compiled(module, trial, **options):
-    """torch.compile(module, **options), tried by trial(it); where that fails (no C++ compiler, say), a line to say so and the module as it is."""
-    fast = torch.compile(module, **options)
-    try:
-        trial(fast)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # of a dozen types, by the place where it fails
-        reason = " ".join(str(e).split("\n\n")[0].split())[:200]  # what follows is advice on debugging
-        print(f"{Path(sys.argv[0]).name}: warning: torch.compile failed, so it goes on without, slower; --no-compile does not try ({type(e).__name__}: {reason})", file=sys.stderr)
-        trial(module)
-        return module
-    return fast
-
-
-def run(main):
-    """Run main(); an expected error (bad input, a full disk) becomes one line on stderr and exit status 2."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except torch.OutOfMemoryError:
-        print(f"{Path(sys.argv[0]).name}: the GPU's memory is full; a smaller --batch-size, or --accumulate N in training, needs less", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, OSError) as e:
-        line = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else (str(e).strip() or type(e).__name__).splitlines()[-1]
-        line += "; make room, then give the command again (in training with --resume)" if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
-        line = line.removeprefix("ValueError: ")  # what a loader's worker raises comes wrapped in its traceback
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        sys.exit(2)
-
-
-# ---------------------------------------------------------------------------------------------- commands
-
-
-def show_reconstructions(source, vae, path, device="cpu", skipped=()):
-    """Rows of 8 originals, each over its reconstruction from the posterior mean: 16 images spread over the source, but for those `skipped`."""
-    rest = np.delete(np.arange(len(source)), list(skipped))
-    images = np.stack([source[rest[i]] for i in np.linspace(0, len(rest) - 1, 16).astype(int)])
-    with torch.inference_mode():
-        decoded = np.concatenate([to_uint8(vae.decode(vae.encode(x)[0])) for x in from_uint8(images).to(device).split(4)])
-    save_grid(np.concatenate([images[:8], decoded[:8], images[8:], decoded[8:]]), path, columns=8)
-
-
-def train(args):
-    """Train an autoencoder by L1 + KL; the KL (to a unit Gaussian) is LDM's, summed over the latent and weighed against a sum over pixels."""
-    check_out("--out", args.out)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    torch.manual_seed(args.seed)
-    source = open_source(args.data, args.image_size or (256 if args.arch == "kl16" else 32))
-    lr = args.lr or (1e-4 if args.arch == "kl16" else 4e-3)
-    vae = AutoencoderKL(**ARCHS[args.arch]).to(device)
-    if source.size % vae.factor:
-        raise ValueError(f"--image-size {source.size}: must be a multiple of {vae.factor} for --arch {args.arch}")
-    optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
-    warmup = min(100, args.steps // 10 + 1)
-    # a cosine to 0 does what averaging the weights would
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * i / args.steps)))
-    sampler = torch.utils.data.RandomSampler(source, num_samples=args.steps * args.batch_size)  # one permutation after another
-    loader = torch.utils.data.DataLoader(source, args.batch_size, sampler=sampler, num_workers=args.workers)
-    with tqdm(loader, unit="step", desc=f"VAE on {args.data}") as bar:
-        for images in bar:
-            x = from_uint8(images).to(device)
-            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
-            with autocast(device, dtype):
-                mean, logvar = (m.float() for m in vae.encode(x))
-                y = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
-            l1 = (y - x).abs().mean()
-            kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / x.numel()
-            optimizer.zero_grad(set_to_none=True)
-            (l1 + args.kl_weight * kl).backward()
-            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if bar.n % 20 == 0:
-                bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
-    vae.eval().requires_grad_(False)
-    vae.scale, vae.image_size = 1 / latent_std(vae, source, device), source.size
-    if not np.isfinite(vae.scale):
-        raise ValueError(f"the training diverged, {args.out} is not written; try a smaller --lr than {lr}")
-    print(f"latent standard deviation {1 / vae.scale:.4f}, scale {vae.scale:.4f}")
-    state = {k: v.half() for k, v in vae.state_dict().items()}  # rounding far below the reconstruction's own error
-    write_whole(args.out, lambda f: torch.save(dict(model=state, scale=vae.scale, image_size=source.size), f))
-    picture = Path(args.out).with_suffix(".png")
-    show_reconstructions(source, vae, picture, device)
-    print(f"wrote {args.out}; originals over reconstructions in {picture}")
-
-
-@torch.inference_mode()
-def latent_std(vae, source, device, n=2048):
-    """Standard deviation of posterior samples, over every element, of up to n images spread over the source."""
-    picks = np.linspace(0, len(source) - 1, min(n, len(source))).astype(int)
-    total = total2 = count = 0
-    for i in range(0, len(picks), 32):
-        mean, logvar = vae.encode(from_uint8(np.stack([source[j] for j in picks[i : i + 32]])).to(device))
-        z = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)).double()
-        total, total2, count = total + z.sum().item(), total2 + z.square().sum().item(), count + z.numel()
-    return (total2 / count - (total / count) ** 2) ** 0.5
-
-
-def encode(args):
-    """Encode a source into a latent cache, with a picture of reconstructions beside originals."""
-    check_out("--out", args.out, folder=True)
-    device = pick_device(args.device)
-    vae = load_vae(args.vae, device)
-    source = open_source(args.data, args.image_size or vae.image_size)
-    skipped = encode_source(source, vae, args.out, args.batch_size, args.workers, device, pick_dtype(args.dtype, device), args.skip_bad)
-    print(f"wrote {len(source) - len(skipped):,} images of {len(source.classes)} classes to {args.out}; originals over reconstructions in {args.out}/reconstructions.png")
-    if skipped:
-        print(f"{len(skipped):,} images could not be read and are not in it; {args.out}/skipped.txt lists them")
-
-
-def whole(text, least=0):
-    """argparse type of whole numbers from 0 (seeds, workers) to what fits in 63 bits."""
-    if not (text.isascii() and text.isdecimal()) or not least <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {least}")
-    return int(text)
-
-
-def positive(text):
-    """argparse type of counts and sizes, from 1."""
-    return whole(text, least=1)
-
-
-def number(least, most=math.inf):
-    """argparse type of finite numbers from `least` to `most`."""
+def bounded(kind, low, high=2**62):
+    """argparse type: an int or float from low to high."""
 
     def parse(text):
-        if not least <= float(text) <= most or math.isinf(float(text)):
-            raise argparse.ArgumentTypeError(f"{text}: must be a number " + (f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"))
-        return float(text)
+        if not low <= kind(text) <= high:
+            limit = f", at most {high}" if high < 2**62 else ""
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low}{limit}")
+        return kind(text)
 
-    parse.__name__ = "number"  # argparse names the type where float(text) fails
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="train | encode")
-    for name, function in (("train", train), ("encode", encode)):
-        p = commands.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__)
-        p.set_defaults(function=function)
-        add = p.add_argument
-        add("--data", default=str(DEMO_DATA), help="folder of class folders, or .npz (default: %(default)s)")
-        add("--image-size", type=positive, help="pixels (default: when training 32 for small, 256 for kl16; when encoding the VAE's own)")
-        add("--batch-size", type=positive, default=32, help="images (default: 32)")
-        add("--workers", type=whole, default=0, help="processes that read images (default: 0, this one)")
-        add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-        if function is train:
-            add("--out", default="runs/vae.pt", help="file to write (default: %(default)s)")
-            add("--arch", choices=ARCHS, default="small", help="kl16: the paper's; small: the demo's (default)")
-            add("--steps", type=positive, default=5000, help="optimiser steps (default: 5000)")
-            add("--lr", type=number(0), help="peak learning rate; cosine to 0 (default: 4e-3 for small, 1e-4 for kl16)")
-            add("--kl-weight", type=number(0), default=2e-3, help="weight of the KL term (default: 2e-3)")
-            add("--seed", type=whole, default=0, help="(default: 0)")
-            add("--dtype", choices=["bf16", "fp32"], help="of autocast; weights stay float32 (default: bf16 where the hardware has it)")
-        else:
-            add("--vae", default=str(DEMO_VAE), help="VAE file, ours or the released one (default: %(default)s)")
-            add("--out", default="runs/latents", help="cache folder to write; what was begun there is gone on with (default: %(default)s)")
-            add("--skip-bad", action="store_true", help="list images that cannot be read in OUT/skipped.txt and go on (default: stop at the first)")
-            add("--dtype", choices=["bf16", "fp32"], default="fp32", help="of the encoder's arithmetic; the moments are kept for good (default: fp32)")
-    args = parser.parse_args()
-    args.function(args)
+def error_line(e):
+    """One line for an error that a user can mend; None for a defect."""
+    if isinstance(e, torch.OutOfMemoryError):
+        return "out of GPU memory; lower --batch-size, or in training raise --accumulate"
+    if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({' '.join(str(e).split())[:200]}); --no-compile runs without it"
+    if isinstance(e, OSError) and e.filename:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return f"{e.filename}: {e.strerror}" + "; make room, then repeat the command (training: --resume)" * full
+    if isinstance(e, (ValueError, OSError)):  # a loader's worker puts its traceback before the message
+        return (str(e).strip() or type(e).__name__).splitlines()[-1].removeprefix("ValueError: ")
+
+
+def run_main(main):
+    """Run main(); an expected error becomes one line on stderr and exit status 2."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        line, status = "interrupted", 130
+    except Exception as e:
+        line, status = error_line(e), 2
+        if line is None:
+            raise
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def save_grid(images, path, columns, pad=2):
+    """Write uint8 images [N, H, W, 3] as one PNG, row by row; small images are enlarged to 64 pixels."""
+    n, h, w = images.shape[:3]
+    grid = np.full((-(-n // columns) * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
+        grid[y : y + h, x : x + w] = image
+    save_picture(Image.fromarray(grid), path, zoom=max(1, 64 // h))
+
+
+def save_picture(picture, path, zoom=1):
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    atomic_write(path, lambda f: picture.save(f, format="PNG"))
+
+
+def plot(curves, path, xlabel, width=640, height=400):
+    """Draw curves {name: (x, y)} as a PNG: linear axes from 0, with ticks and a legend."""
+    high = [max(np.max(curve[i]) for curve in curves.values()) or 1 for i in (0, 1)]
+    left, right, top, bottom = 60, width - 15, 15, height - 40
+    to_x, to_y = lambda x: left + x / high[0] * (right - left), lambda y: bottom - y / high[1] * (bottom - top)
+    picture, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(picture)
+    for x, y in np.outer(np.linspace(0, 1, 6), high):
+        draw.line([to_x(x), top, to_x(x), bottom], "#dddddd")
+        draw.text((to_x(x), bottom + 4), f"{x:.4g}", "black", font, "ma")
+        draw.line([left, to_y(y), right, to_y(y)], "#dddddd")
+        draw.text((left - 6, to_y(y)), f"{y:.3g}", "black", font, "rm")
+    draw.text(((left + right) / 2, height - 4), xlabel, "black", font, "md")
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        color = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0")[i % 4]
+        draw.line([(to_x(a), to_y(b)) for a, b in zip(x, y)], color, width=2)
+        draw.text((right - 8, top + 6 + 18 * i), name, color, font, "ra")
+    save_picture(picture, path)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

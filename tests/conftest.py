@@ -1,3 +1,5 @@
+"""Fixtures of all tests: `command` runs a script as a user does, `garments` are a few of the bundled images."""
+
 import multiprocessing
 import os
 import runpy
@@ -5,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
+# A second thread gains nothing for models this small, and beside other programs it makes the tests ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are not a package
@@ -23,13 +28,13 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
-# Importing torch takes longer than most of the commands that are tested, so they are forked from a process that has done it.
+# Most commands take less time than importing torch, so they are forked from a process that has imported it.
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["torch", "torch._dynamo", "torch.utils.data", "numpy", "PIL.Image", "tqdm"])
 
 
 def run_script(argv, folder, env, out, err):
-    """In a process of its own: what `python argv` does in this folder and environment."""
+    """Do in this process what `python argv` does in this folder and environment."""
     os.chdir(folder)
     os.environ.update(env)
     for path, stream in ((out, 1), (err, 2)):
@@ -41,22 +46,31 @@ def run_script(argv, folder, env, out, err):
 
 @pytest.fixture
 def command(tmp_path, tmp_path_factory):
-    """command("sample.py --n 2", expect=0) runs a script as a user does, in an empty folder, and returns what it printed: (stdout, stderr)."""
+    """command("sample.py --n 2", expect=0) runs a script in an empty folder and returns (stdout, stderr).
+
+    expect    the exit status; for 2 the last line on stderr has to be a short message and no traceback
+    env       environment variables to add
+    launcher  what to run the script with, e.g. torchrun (default: a fork with torch already imported)
+    """
     logs = tmp_path_factory.mktemp("logs")
+
+    def fork(argv, env):
+        process = forks.Process(target=run_script, args=(argv, tmp_path, env, logs / "out", logs / "err"))
+        process.start()
+        process.join(240)
+        status = process.exitcode
+        process.kill()
+        return status, *((logs / name).read_text() if (logs / name).exists() else "" for name in ("out", "err"))
+
+    def launch(argv, env):
+        env = {**os.environ, **env}
+        result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=env)
+        return result.returncode, result.stdout, result.stderr
 
     def call(line, expect=0, env=None, launcher=None):
         script, *flags = line.split() if isinstance(line, str) else line
         argv = [str(ROOT / script), *map(str, flags)]
-        if launcher is None:
-            process = forks.Process(target=run_script, args=(argv, tmp_path, env or {}, logs / "out", logs / "err"))
-            process.start()
-            process.join(240)
-            status = process.exitcode
-            process.kill()
-            out, err = ((logs / name).read_text() if (logs / name).exists() else "" for name in ("out", "err"))
-        else:
-            result = subprocess.run([*launcher, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, **(env or {})})
-            status, out, err = result.returncode, result.stdout, result.stderr
+        status, out, err = launch([*launcher, *argv], env or {}) if launcher else fork(argv, env or {})
         assert status == expect, f"{line}: status {status}\n{out}\n{err}"
         if expect == 2:
             assert "Traceback" not in err and len(err.strip().splitlines()[-1]) < 600
@@ -67,7 +81,7 @@ def command(tmp_path, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def garments():
-    """60 bundled images, 6 of each class: images uint8 [60, 28, 28], labels [60]."""
+    """60 bundled images, 6 of each class: images uint8 [60, 32, 32], labels [60]."""
     data = np.load(ROOT / "demo" / "fashion_mnist_10k.npz")
     picks = np.concatenate([np.flatnonzero(data["labels"] == k)[:6] for k in range(10)])
     return data["images"][picks], data["labels"][picks]

@@ -1,4 +1,5 @@
-"""The released implementation's weights and inputs, regenerated from their names (no file holds them)."""
+"""The released implementation's weights and inputs: random numbers derived from their names, so no file holds them."""
+
 import json
 import zlib
 from argparse import Namespace
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).parent
-OUTCOMES = np.load(HERE / "released_small.npz")  # what the authors' released code returned for them, float32
+OUTCOMES = np.load(HERE / "released_small.npz")  # float32 results of the authors' released code
 SHAPES = json.loads((HERE / "released_small_shapes.json").read_text())
 
 
@@ -17,6 +18,7 @@ def generator(name):
 
 
 def weight(key, shape):
+    """Weight `key` of the released implementation, float32, of about the scale of a trained one."""
     w = generator(key).standard_normal(shape, dtype=np.float32)
     if key.endswith("bias"):
         return 0.02 * w
@@ -30,25 +32,30 @@ def weight(key, shape):
 
 
 def tensor(name, *shape):
+    """Input `name`, standard normal float32."""
     return torch.from_numpy(generator("input." + name).standard_normal(shape, dtype=np.float32))
 
 
 def released_state(kind):
+    """State dict under the released names; kind "one_step", "one_step_512", "mrar" or "vae"."""
     return {k: torch.from_numpy(np.asarray(weight(k, s), dtype=np.float32)) for k, s in SHAPES[kind].items()}
 
 
 def write_released(kind, path):
-    """A file in the released format: the EMA weights are the golden ones, `model` is something else, and a Namespace rides along."""
+    """Write a file in the released format: the weights above are its EMA weights, those under `model` are zero."""
     state = released_state(kind)
     if kind == "vae":
         torch.save({"model": state}, path)
         return path
-    other = {k: torch.zeros_like(v) for k, v in state.items()}
-    torch.save({"model": other, "model_ema": state, "optimizer": {"state": {}}, "epoch": 799, "scaler": {}, "args": Namespace(lr=8e-4, bf16=False)}, path)
+    zero = {k: torch.zeros_like(v) for k, v in state.items()}
+    args = Namespace(lr=8e-4, bf16=False)
+    others = {"optimizer": {"state": {}}, "epoch": 799, "scaler": {}, "args": args}
+    torch.save({"model": zero, "model_ema": state, **others}, path)
     return path
 
 
 def assert_close(name, ours):
+    """Compare with the released result `name`, to 1e-4 of its largest value."""
     theirs = OUTCOMES[name]
     error = np.abs(ours.detach().numpy() - theirs).max() / np.abs(theirs).max()
     assert error < 1e-4, f"{name}: relative error {error:.2e}"

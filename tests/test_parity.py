@@ -1,4 +1,5 @@
-"""Numbers of the authors' released code: every entry of released_small.npz, to 1e-4 of its largest value."""
+"""Results of the authors' released code: every entry of released_small.npz, to 1e-4 of its largest value."""
+
 import dataclasses
 
 import pytest
@@ -19,40 +20,42 @@ def load(tmp_path_factory):
     return lambda kind: load_checkpoint(write_released(kind, folder / f"{kind}.pth"))
 
 
-def test_one_step(load):
+def test_one_step_condition_velocity_and_loss(load):
     model = load("one_step")
     assert (model.config.refs, model.config.num_classes, model.config.heads) == (1, 10, 2)
     c = model.encode(LABELS)
     assert_close("one_step.c", c)
     assert_close("one_step.c_null", model.encode(torch.tensor([10])))
     assert_close("one_step.v", model.velocity(X, T, c))
-    assert_close("one_step.loss", model.loss(LATENTS[:, :1], LABELS, t=T, noise=NOISE)[None])
+    assert_close("one_step.loss", model.loss(LATENTS[:, :1], LABELS, T[:, None], NOISE[:, None])[None])
 
 
 def test_one_step_samples(load):
     model = load("one_step")
     assert_close("one_step.sample", model.sample(LABELS, steps=8, cfg=1.3, s1=0.87, s2=0, noise=NOISE)[:, -1])
     assert_close("one_step.sample_cfg1", model.sample(LABELS, steps=5, cfg=1, s1=1, s2=0, noise=NOISE)[:, -1])
-    drawn = (tensor(f"step{i}", 2, 16, 16, 16) for i in range(5))
-    x = model.sample(LABELS, steps=6, cfg=1.3, s1=0.89, s2=0.95, noise=NOISE, noise_sampler=lambda x: next(drawn))
+    draws = (tensor(f"step{i}", 2, 16, 16, 16) for i in range(5))
+    settings = dict(steps=6, cfg=1.3, s1=0.89, s2=0.95)
+    x = model.sample(LABELS, noise=NOISE, noise_sampler=lambda x: next(draws), **settings)
     assert_close("one_step.sample_s2", x[:, -1])
-    assert next(drawn, None) is None  # steps - 1 draws, all used
+    assert next(draws, None) is None  # all draws are used, one less than steps
 
 
-def test_512(load):
+def test_one_step_at_512_px(load):
     model = load("one_step_512")
     assert (model.config.latent_size, model.config.cond_tokens) == (32, 256)
     assert_close("one_step_512.v", model.velocity(X512, T, model.encode(LABELS)))
 
 
-def test_mrar(load):
+def test_mrar_condition_velocity_and_loss(load):
     model = load("mrar")
     assert model.config.refs == 4
     c = model.encode(LABELS, LATENTS[:, :3])
     assert_close("mrar.c", c)
     for i in range(4):
         assert_close(f"mrar.v{i}", model.velocity(X, T, c[:, : 64 * (i + 1)]))
-    loss = model.loss(LATENTS, LABELS, t=T, noise=NOISE).item()
+    t, noise = T[:, None].expand(2, 4), NOISE[:, None].expand_as(LATENTS)  # the release draws once for a chain
+    loss = model.loss(LATENTS, LABELS, t, noise).item()
     assert loss == pytest.approx(OUTCOMES["mrar.loss"].mean(), rel=1e-4)
 
 
@@ -73,22 +76,24 @@ def test_vae(tmp_path):
 
 @pytest.mark.parametrize("kind", ["one_step", "one_step_512", "mrar"])
 def test_bfloat16_and_plain_weights_load(kind, tmp_path):
-    """Files of the bf16 recipe hold bfloat16; without model_ema, `model` is taken; ema=False takes `model` too."""
+    """Files of the bf16 recipe hold bfloat16. `model` is loaded where there is no model_ema, and with ema=False."""
     state = {k: v.bfloat16() for k, v in released_state(kind).items()}
     torch.save({"model": state}, tmp_path / "plain.pth")
-    model = load_checkpoint(tmp_path / "plain.pth", ema=True)
-    ours = model.state_dict()["ar.positions"]
+    ours = load_checkpoint(tmp_path / "plain.pth", ema=True).state_dict()["ar.positions"]
     assert ours.dtype == torch.float32 and torch.equal(ours, state["encoder_pos_embed_learned"].float())
-    assert not load_checkpoint(write_released(kind, tmp_path / "both.pth"), ema=False).state_dict()["ar.positions"].any()
+    without_ema = load_checkpoint(write_released(kind, tmp_path / "both.pth"), ema=False)
+    assert not without_ema.state_dict()["ar.positions"].any()
 
 
 @pytest.mark.parametrize("size,refs,released", [
-    ("B", 1, 289_959_184), ("B", 4, 290_044_432), ("L", 1, 682_519_568), ("L", 4, 682_633_232), ("H", 1, 1_327_891_216), ("H", 4, 1_328_033_296),
+    ("B", 1, 289_959_184), ("B", 4, 290_044_432), ("L", 1, 682_519_568), ("L", 4, 682_633_232),
+    ("H", 1, 1_327_891_216), ("H", 4, 1_328_033_296),
 ])  # fmt: skip
 def test_parameter_counts(size, refs, released):
     with torch.device("meta"):
         model = TransDiff(dataclasses.replace(SIZES[size], refs=refs))
     count = sum(p.numel() for p in model.parameters())
-    unused = 0 if refs > 1 else 17 * model.config.width  # the release's 1-step reference projection, which we leave out
+    # The released 1-step models have a projection of references that they never use; ours leave it out.
+    unused = 0 if refs > 1 else 17 * model.config.width
     assert count + unused == released
     assert abs(count - released) < 1e-4 * released

@@ -1,159 +1,233 @@
-"""sample.py on the bundled weights, and the download of the released ones from a server of our own."""
+"""sample.py on the bundled weights, and the download of the released ones from a local server."""
+
 import http.server
+import signal
 import sys
 import threading
 
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT
 from golden import write_released
+from in_process import run_in_process
 from PIL import Image
 
 import sample
-from vae import DEMO_DATA, run
+from model import load_checkpoint, sampling_settings
+from vae import latents_to_images, load_vae, per_image_noise
+
+MODEL, VAE = ROOT / "demo" / "mrar.pt", ROOT / "demo" / "vae.pt"
 
 
-def test_the_readmes_first_command_draws_trousers(tmp_path, command):
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run("sample.py --n 2", expect=0) runs it in this process, in an empty folder, and returns (stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "DEMO_MODEL", MODEL)  # the default paths are relative to the folder of the import
+    monkeypatch.setattr(sample, "DEMO_VAE", VAE)
+
+    def call(line, expect=0):
+        run_in_process(line, expect)
+        return capsys.readouterr()
+
+    return call
+
+
+def columns(path, n):
+    """The n pictures in the first row of a grid of 32 px images, in grey, int [32, 32] each."""
+    row = np.asarray(Image.open(path).convert("L")).astype(int)[4 : 4 + 64 : 2, ::2]  # enlarged twice
+    return [row[:, 2 + 34 * i : 34 + 34 * i] for i in range(n)]
+
+
+# ------------------------------------------------------------------------------------------ pictures
+
+
+def test_the_first_command_of_the_readme_draws_trousers(tmp_path, command):
+    """Most of the 8 images correlate best with the mean image of their class."""
     out, _ = command("sample.py --class 1 --refs 4")
-    picture = np.asarray(Image.open(tmp_path / "runs" / "samples.png").convert("L"))
-    assert "8 images (trouser; refs 4" in out and picture.shape == ((32 + 4) * 2, (8 * 34 + 2) * 2)
-    data = np.load(DEMO_DATA)
-    means = np.stack([data["images"][data["labels"] == k].mean(0) for k in range(10)])
-    means = means.reshape(10, -1) - means.reshape(10, -1).mean(1, keepdims=True)
-    images = np.stack([picture[4 + 4 : 4 + 60 : 2, 4 + 68 * i + 4 : 4 + 68 * i + 60 : 2] for i in range(8)]).reshape(8, -1)
-    likeness = (images - images.mean(1, keepdims=True)) @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
-    assert (likeness.argmax(1) == 1).sum() >= 6  # nearest class by correlation with the mean garment
+    path = tmp_path / "runs" / "samples.png"
+    assert "runs/samples.png (trouser; refs 4" in out and Image.open(path).size == ((8 * 34 + 2) * 2, (32 + 4) * 2)
+    data = np.load(ROOT / "demo" / "fashion_mnist_10k.npz")
+    means = np.stack([data["images"][data["labels"] == k].mean(0).ravel() for k in range(10)])
+    images = np.stack([image.ravel() for image in columns(path, 8)])
+    correlation = np.corrcoef(images, means)[:8, 8:]
+    assert (correlation.argmax(1) == 1).sum() >= 6
 
 
-def test_image_i_is_a_function_of_seed_and_i(tmp_path, command):
+def test_image_i_is_a_function_of_the_seed_and_i(run):
     flags = "sample.py --class 2 7 --n 3 --steps 3 --refs 2 --dtype fp32 --out"
-    command(f"{flags} a.npz")
-    command(f"{flags} b.npz --batch-size 4")
-    command(f"{flags} c.npz --seed 1")
-    a, b, c = (np.load(tmp_path / f"{x}.npz")["arr_0"].astype(int) for x in "abc")
+    run(f"{flags} a.npz")
+    run(f"{flags} b.npz --batch-size 4")
+    run(f"{flags} c.npz --seed 1")
+    a, b, c = (np.load(f"{name}.npz")["arr_0"].astype(int) for name in "abc")
     assert np.abs(a - b).max() <= 1 and np.abs(a - c).mean() > 5
     assert len(np.unique(a.reshape(6, -1), axis=0)) == 6
 
 
-def test_a_sampler_without_noise(tmp_path, command):
-    """No s1 and no s2 to speak of; guidance in an interval is another picture, and the paper's sampler yet another."""
+def test_adams_bashforth_has_no_use_for_s1_and_s2(run):
     flags = "sample.py --class 2 --n 2 --steps 3 --refs 1 --out"
-    for name, more in (("a", ""), ("b", "--s1 0.5 --s2 0"), ("c", "--cfg-interval 0.9 1")):
-        command(f"{flags} {name}.npz --sampler adams-bashforth {more}")
-    command(f"{flags} d.npz")
-    a, b, c, d = (np.load(tmp_path / f"{x}.npz")["arr_0"] for x in "abcd")
-    assert np.array_equal(a, b) and not np.array_equal(a, c) and not np.array_equal(a, d)
+    run(f"{flags} a.npz --sampler adams-bashforth")
+    run(f"{flags} b.npz --sampler adams-bashforth --s1 0.5 --s2 0")
+    run(f"{flags} c.npz")
+    a, b, c = (np.load(f"{name}.npz")["arr_0"] for name in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
-def test_several_processes_draw_no_pictures(command):
-    _, err = command("sample.py --show-chain", expect=2, env={"WORLD_SIZE": "2", "RANK": "0"})
-    assert "several processes draw into an .npz only" in err
-    _, err = command("sample.py --num 10 --out x.npz", expect=2, env={"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "0"})
-    assert "they must be on one machine" in err
+def test_fresh_noise_changes_every_image_of_a_chain_but_the_first(run):
+    flags = "sample.py --class 2 --n 1 --steps 2 --refs 2 --show-chain --out"
+    run(f"{flags} a.png")
+    run(f"{flags} b.png --fresh-noise")
+    (first, second), (first_fresh, second_fresh) = columns("a.png", 2), columns("b.png", 2)
+    assert np.array_equal(first, first_fresh) and not np.array_equal(second, second_fresh)
 
 
-def test_show_chain(tmp_path, command):
-    command("sample.py --class bag --n 2 --refs 3 --steps 2 --show-chain --out chain.png")
-    assert Image.open(tmp_path / "chain.png").size == ((3 * 34 + 2) * 2, (2 * 34 + 2) * 2)
+def test_show_chain_draws_a_chain_in_each_row(run):
+    run("sample.py --class bag --n 2 --refs 3 --steps 2 --show-chain --out chain.png")
+    assert Image.open("chain.png").size == ((3 * 34 + 2) * 2, (2 * 34 + 2) * 2)
 
+
+def test_fuse_decodes_the_first_half_of_one_class_with_the_second_half_of_another(run):
+    run("sample.py --fuse trouser bag --n 1 --refs 2 --steps 3 --dtype fp32 --out fused.png")
+    model, vae = load_checkpoint(MODEL), load_vae(VAE)
+    kwargs = sampling_settings(model.config) | dict(steps=3)
+
+    def features(label):
+        label, randn = torch.tensor([label]), per_image_noise(0, range(1), torch.device("cpu"))
+        return model.encode_guided(label, model.sample(label, 1, noise_sampler=randn, **kwargs), kwargs["cfg"])
+
+    def picture(c):
+        randn = per_image_noise(0, range(1), torch.device("cpu"))
+        noise = randn(torch.empty(1, *model.config.latent_shape))
+        image = latents_to_images(vae, model.decode(c, noise, noise_sampler=randn, **kwargs))[0]
+        return np.asarray(Image.fromarray(image).convert("L")).astype(int)
+
+    with torch.inference_mode():
+        trouser, bag = features(1), features(8)
+        half = trouser.shape[1] // 2
+        expected = [picture(c) for c in (trouser, bag, torch.cat([trouser[:, :half], bag[:, half:]], dim=1))]
+    for image, reference in zip(columns("fused.png", 3), expected):
+        assert np.abs(image - reference).max() <= 2
+    assert min(np.abs(expected[2] - expected[k]).mean() for k in (0, 1)) > 1
+
+
+def test_features_decodes_the_first_of_them(run):
+    """All of the features give the image itself."""
+    flags = "--n 1 --refs 4 --steps 3 --dtype fp32"
+    out, _ = run(f"sample.py --features 64,256 --class trouser {flags} --out features.png")
+    assert "the first 16, 64 of 64 features" in out
+    run(f"sample.py --fuse trouser bag {flags} --out fused.png")
+    few, every = columns("features.png", 2)
+    assert np.array_equal(every, columns("fused.png", 1)[0]) and np.abs(few - every).mean() > 1
+
+
+# ------------------------------------------------------------------------------------------ large sets
 
 KILL_AT_THE_FOURTH_BATCH = """
 import os, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import sample
-pixels, count = sample.pixels, iter(range(9))
-sample.pixels = lambda *a: os.kill(os.getpid(), 9) if next(count) == 3 else pixels(*a)
+latents_to_images, batches = sample.latents_to_images, iter(range(9))
+sample.latents_to_images = lambda *args: os.kill(os.getpid(), 9) if next(batches) == 3 else latents_to_images(*args)
 sample.main()
 """
 
 
-def test_balanced_samples_are_the_same_bytes_from_one_process_and_from_two_and_after_a_kill(tmp_path, command):
-    flags = "sample.py --num 60 --batch-size 8 --steps 2 --refs 2 --out"
-    command(f"{flags} one.npz")
-    arrays = np.load(tmp_path / "one.npz")
-    assert arrays["arr_0"].shape == (60, 32, 32, 3) and arrays["arr_1"].tolist() == list(range(10)) * 6
+def test_a_balanced_set_has_the_same_bytes_from_one_process_from_two_and_after_a_kill(tmp_path, command, run):
+    flags = "--num 40 --batch-size 8 --steps 2 --refs 2 --out"
+    run(f"sample.py {flags} one.npz")
+    arrays = np.load("one.npz")
+    assert arrays["arr_0"].shape == (40, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_1"].tolist() == list(range(10)) * 4
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518", "--")
-    command(f"{flags} two.npz", launcher=launcher, env={"OMP_NUM_THREADS": "1"})
+    command(f"sample.py {flags} two.npz", launcher=launcher)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
-    (tmp_path / "stop.py").write_text(KILL_AT_THE_FOURTH_BATCH)
-    command(f"{flags} three.npz", expect=-9, launcher=(sys.executable, "stop.py"))
-    assert not (tmp_path / "three.npz").exists() and np.load(tmp_path / "three.npz.partial" / "done.npy").tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
-    _, err = command(f"{flags} three.npz --seed 1", expect=2)
-    assert "three.npz.partial: unfinished samples of another model or other settings" in err
-    command(f"{flags} three.npz")
-    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "three.npz").read_bytes() and not (tmp_path / "three.npz.partial").exists()
+    (tmp_path / "kill.py").write_text(KILL_AT_THE_FOURTH_BATCH)
+    argv = [tmp_path / "kill.py", ROOT / "sample.py", *flags.split(), "killed.npz"]
+    command(argv, expect=-signal.SIGKILL)
+    partial = tmp_path / "killed.npz.partial"
+    done = list(partial.glob("*.npy"))
+    assert len(done) == 3 and not (tmp_path / "killed.npz").exists()
+    _, err = run(f"sample.py {flags} killed.npz --seed 1", expect=2)
+    assert "killed.npz.partial: unfinished, of other inputs or settings" in err
+    run(f"sample.py {flags} killed.npz")
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "killed.npz").read_bytes() and not partial.exists()
 
 
-def test_fusion_and_feature_count(tmp_path, command):
-    """Columns of --fuse: A, B, A's first half with B's second. All of the features is the image itself."""
-    def columns(name, n):
-        picture = np.asarray(Image.open(tmp_path / name).convert("L")).astype(int)[4 : 4 + 64 : 2, ::2]
-        return [picture[:, 2 + 34 * i : 34 + 34 * i] for i in range(n)]
+@pytest.mark.parametrize(
+    "flags,local,message",
+    [
+        ("--show-chain", 2, "pictures are drawn by one process"),
+        ("--n 1", 2, "must end in .npz"),
+        ("--num 10 --out x.npz", 1, "run each machine by itself"),
+    ],
+    ids=["a picture of chains", "a picture", "two machines"],
+)
+def test_several_processes_draw_only_sets_and_on_one_machine(flags, local, message, run, monkeypatch):
+    monkeypatch.setattr(sample, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    assert message in run(f"sample.py {flags}", expect=2)[1]
 
-    flags = "--n 1 --steps 4 --dtype fp32"
-    command(f"sample.py --fuse trouser bag {flags} --out ab.png")
-    command(f"sample.py --fuse bag trouser {flags} --fuse-half second --out ba.png")
-    a, b, ab = columns("ab.png", 3)
-    b2, a2, ba = columns("ba.png", 3)
-    assert np.array_equal(a, a2) and np.array_equal(b, b2) and np.array_equal(ab, ba)
-    assert min(np.abs(ab - a).mean(), np.abs(ab - b).mean()) > 1  # it is neither
-    out, _ = command(f"sample.py --features 64,256 --class trouser {flags} --out f.png")
-    assert "the first 16, 64 of 64 features" in out
-    few, every = columns("f.png", 2)
-    assert np.array_equal(every, a) and np.abs(few - every).mean() > 1
+
+# ------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize("flags,message", [
     ("--num 15 --out x.npz", "--num 15: must be a multiple of the 10 classes, e.g. 20"),
     ("--num 20", "must end in .npz"),
-    ("--fuse 1 2 --show-chain", "different pictures"),
-    ("--features 2,256", "each from 4 to 256"),
+    ("--fuse 1 2 --show-chain", "--show-chain and --fuse ask for different results"),
+    ("--features 2,256", "each must be from 4 to 256"),
     ("--class 10", "--class 10: this model has classes 0 to 9: t-shirt, trouser"),
     ("--class hat", "--class hat"),
     ("--refs 5", "--refs 5: this model draws chains of 1 to 4 images"),
     ("--ckpt nothing.pt", "nothing.pt"),
-    ("--ckpt {vae}", "is it a VAE?"),
-    ("--vae {model}", "is it a TransDiff model?"),
+    (f"--ckpt {VAE}", "vae.pt: not a readable TransDiff model"),
+    (f"--vae {MODEL}", "mrar.pt: not a readable VAE"),
     ("--out picture.jpg", "--out picture.jpg: must end in .png or .npz here"),
     ("--n 0", "at least 1"),
     ("--pretrained B --ckpt x", "give one"),
 ])  # fmt: skip
-def test_errors(flags, message, tmp_path, monkeypatch, capsys):
-    """One line, status 2, nothing written. (In this process, to save the seconds of starting one.)"""
-    monkeypatch.setattr(sys, "argv", ["sample.py", *flags.format(vae=sample.DEMO_VAE.resolve(), model=sample.DEMO_MODEL.resolve()).split()])
-    monkeypatch.setattr(sample, "DEMO_MODEL", sample.DEMO_MODEL.resolve())
-    monkeypatch.setattr(sample, "DEMO_VAE", sample.DEMO_VAE.resolve())
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        run(sample.main)
-    assert stop.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+def test_errors_are_one_line_and_nothing_is_written(flags, message, tmp_path, run):
+    _, err = run(f"sample.py {flags}", expect=2)
+    assert message in err.strip().splitlines()[-1] and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------ --pretrained
 
 
-@pytest.fixture
-def hub(tmp_path):
-    """A server of the released layout; .cut makes it drop the connection after so many bytes, .ranges collects what was asked for."""
-    files = {f"{folder}/checkpoint-last.pth": write_released(kind, tmp_path / f"{kind}.pth").read_bytes() for folder, kind in (("transdiff_b", "one_step"), ("transdiff_b_mrar", "mrar"), ("vae", "vae"))}
+@pytest.fixture(scope="module")
+def released_files(tmp_path_factory):
+    """Contents of the released files, small, by their paths; that of L-mrar is a web page."""
+    folder, files = tmp_path_factory.mktemp("released"), {}
+    for name, kind in (("transdiff_b", "one_step"), ("transdiff_b_mrar", "mrar"), ("vae", "vae")):
+        files[f"{name}/checkpoint-last.pth"] = write_released(kind, folder / f"{kind}.pth").read_bytes()
+    return files | {"transdiff_l_mrar/checkpoint-last.pth": b"<html>please log in</html>"}
 
-    files["transdiff_l_mrar/checkpoint-last.pth"] = b"<html>please log in</html>"
+
+@pytest.fixture
+def hub(tmp_path, released_files, monkeypatch):
+    """A server of the released files, where --pretrained looks for them.
+
+    hub.cut     close the connection after so many bytes of the body
+    hub.ranges  the Range header of each request so far
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             prefix = "/zhendch/Transdiff/resolve/main/"
-            body = files.get(self.path.removeprefix(prefix)) if self.path.startswith(prefix) else None
+            body = released_files.get(self.path.removeprefix(prefix)) if self.path.startswith(prefix) else None
             if body is None:
                 return self.send_error(404)
-            asked = self.headers.get("Range")
-            server.ranges.append(asked)
-            first = int(asked[6:-1]) if asked else 0
+            requested = self.headers.get("Range")
+            server.ranges.append(requested)
+            first = int(requested[6:-1]) if requested else 0
             if first >= len(body):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(body)}")
                 return self.end_headers()
-            self.send_response(206 if asked else 200)
+            self.send_response(206 if requested else 200)
             self.send_header("Content-Length", str(len(body) - first))
             self.end_headers()
             self.wfile.write(body[first : first + server.cut] if server.cut else body[first:])
@@ -164,33 +238,35 @@ def hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.ranges, server.cut = [], None
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "TORCH_HOME": str(tmp_path / "home")}
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     yield server
     server.shutdown()
 
 
-def test_pretrained_fetches_resumes_and_draws(tmp_path, command, hub):
+def test_pretrained_fetches_resumes_and_draws(tmp_path, run, hub):
     hub.cut = 1_000_000
-    _, err = command("sample.py --pretrained B-mrar", expect=2, env=hub.env)
-    assert "run it again to go on" in err and "checkpoint-last.pth" in err
+    _, err = run("sample.py --pretrained B-mrar", expect=2)
+    assert "repeat the command to resume" in err and "checkpoint-last.pth" in err
     hub.cut = None
-    out, _ = command("sample.py --pretrained B-mrar --class 1 --n 1 --refs 2 --steps 1 --out x.npz", env=hub.env)
-    assert hub.ranges == [None, "bytes=1000000-", None]  # the model in two goes, then the VAE
-    assert "cfg 1.3, s1 0.87, s2 0.91" in out and np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 256, 256, 3)
-    command("sample.py --pretrained B-mrar --class 1 --n 1 --refs 1 --steps 1", env=hub.env)
-    assert len(hub.ranges) == 3  # from the cache
-    # killed between the last byte and the rename: all is there, and the server has no more to send
-    whole = tmp_path / "home" / "hub" / "transdiff" / "vae" / "checkpoint-last.pth"
-    whole.rename(f"{whole}.part")
-    command("sample.py --pretrained B-mrar --class 1 --n 1 --refs 1 --steps 1", env=hub.env)
-    assert whole.exists()
+    draw = "sample.py --pretrained B-mrar --class 1 --n 1 --refs 1 --steps 1"
+    run(f"{draw} --out x.npz")
+    assert hub.ranges == [None, "bytes=1000000-", None]  # the model in two parts, then the VAE
+    assert np.load("x.npz")["arr_0"].shape == (1, 256, 256, 3)
+    # All bytes are there, but the process was killed before it renamed the file: the server has no more to send.
+    fetched = tmp_path / "home" / "hub" / "transdiff" / "vae" / "checkpoint-last.pth"
+    fetched.rename(f"{fetched}.part")
+    run(draw)
+    assert fetched.exists() and len(hub.ranges) == 4  # the model was not fetched again
 
 
-def test_a_download_of_something_else_is_named_with_the_remedy(command, hub, tmp_path):
-    _, err = command("sample.py --pretrained L-mrar", expect=2, env=hub.env)
-    assert "L-mrar" not in err and "transdiff_l_mrar/checkpoint-last.pth: not a readable checkpoint" in err and "remove the file to fetch it again" in err
+def test_a_download_of_something_else_is_named(run, hub):
+    _, err = run("sample.py --pretrained L-mrar", expect=2)
+    assert "transdiff_l_mrar/checkpoint-last.pth: not a readable checkpoint" in err.splitlines()[-1]
 
 
-def test_no_network_is_one_line(command, tmp_path):
-    _, err = command("sample.py --pretrained H", expect=2, env={"HF_ENDPOINT": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path)})
+def test_no_network_is_one_line(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    _, err = run("sample.py --pretrained H", expect=2)
     assert len(err.strip().splitlines()) == 1 and "could not fetch" in err and "put the file at" in err
