@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -130,13 +129,6 @@ def choose_labels(args, model):
     return labels, [names[k] if names else str(k) for k in classes]
 
 
-def evaluation_bar(model, total):
-    """Progress bar that counts the decoder's evaluations."""
-    bar = tqdm(total=total, unit="evaluation", disable=RANK > 0)
-    model.decoder.register_forward_hook(lambda *_: bar.update() and None)  # None leaves the output as it is
-    return bar
-
-
 def draw_chains(model, vae, labels, args, device, batches=None):
     """Yield (b, chains uint8 [B, refs, H, W, 3]) of batch b of `labels` [N], for all batches or those given.
 
@@ -144,15 +136,13 @@ def draw_chains(model, vae, labels, args, device, batches=None):
     """
     size = args.batch_size
     batches = range(-(-len(labels) // size)) if batches is None else batches
-    with evaluation_bar(model, len(batches) * args.refs * args.sampling["steps"]):
-        for b in batches:
-            batch = torch.tensor(labels[b * size : (b + 1) * size], device=device)
-            randn = per_image_noise(args.seed, range(b * size, b * size + len(batch)), device)
-            options = dict(noise_sampler=randn, fresh_noise=args.fresh_noise, **args.sampling)
-            chain = model.sample(batch, args.refs, **options)
-            chain = chain if args.show_chain else chain[:, -1:]
-            images = latents_to_images(vae, chain.flatten(0, 1))
-            yield b, images.reshape(*chain.shape[:2], *images.shape[1:])
+    for b in tqdm(batches, unit="batch", disable=RANK > 0):
+        batch = torch.tensor(labels[b * size : (b + 1) * size], device=device)
+        randn = per_image_noise(args.seed, range(b * size, b * size + len(batch)), device)
+        chain = model.sample(batch, args.refs, noise_sampler=randn, fresh_noise=args.fresh_noise, **args.sampling)
+        chain = chain if args.show_chain else chain[:, -1:]
+        images = latents_to_images(vae, chain.flatten(0, 1))
+        yield b, images.reshape(*chain.shape[:2], *images.shape[1:])
 
 
 def write_npz(model, vae, labels, args, device):
@@ -174,20 +164,12 @@ def write_npz(model, vae, labels, args, device):
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
-        atomic_write(args.out, lambda f: assemble(f, files, np.array(labels, np.int64)))
+        shape, size = np.load(files[0]).shape[1:], args.batch_size
+        images = np.lib.format.open_memmap(partial / "arr_0.npy", "w+", np.uint8, (len(labels), *shape))
+        for b, file in enumerate(files):
+            images[b * size : (b + 1) * size] = np.load(file)
+        atomic_write(args.out, lambda f: np.savez(f, arr_0=images, arr_1=np.array(labels, np.int64)))
         shutil.rmtree(partial)
-
-
-def assemble(f, files, labels):
-    """Stream batch files into one .npz, as np.savez does, but without the time of day: the same run, the same bytes."""
-    with zipfile.ZipFile(f, "w") as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry:
-            shape = (len(labels), *np.load(files[0]).shape[1:])
-            np.lib.format.write_array_header_1_0(entry, dict(descr="|u1", fortran_order=False, shape=shape))
-            for file in files:
-                entry.write(np.load(file).tobytes())
-        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
-            np.lib.format.write_array(entry, labels)
 
 
 def decode_conditions(model, vae, labels, parts, args, device):
@@ -197,16 +179,15 @@ def decode_conditions(model, vae, labels, parts, args, device):
     parts   functions of the list of those c that return the c to decode
     """
     N, conditions, images = len(labels[0]), [], []
-    with evaluation_bar(model, (len(labels) * (args.refs - 1) + len(parts)) * args.sampling["steps"]):
-        for y in labels:
-            y, randn = torch.tensor(y, device=device), per_image_noise(args.seed, range(N), device)
-            chain = model.sample(y, args.refs - 1, noise_sampler=randn, **args.sampling) if args.refs > 1 else None
-            conditions.append(model.encode_guided(y, chain, args.sampling["cfg"]))
-        for part in parts:
-            randn = per_image_noise(args.seed, range(N), device)
-            noise = randn(torch.empty(N, *model.config.latent_shape))
-            x = model.decode(part(conditions), noise, noise_sampler=randn, **args.sampling)
-            images.append(latents_to_images(vae, x))
+    for y in tqdm(labels, unit="chain"):
+        y, randn = torch.tensor(y, device=device), per_image_noise(args.seed, range(N), device)
+        chain = model.sample(y, args.refs - 1, noise_sampler=randn, **args.sampling) if args.refs > 1 else None
+        conditions.append(model.encode_guided(y, chain, args.sampling["cfg"]))
+    for part in tqdm(parts, unit="column"):
+        randn = per_image_noise(args.seed, range(N), device)
+        noise = randn(torch.empty(N, *model.config.latent_shape))
+        x = model.decode(part(conditions), noise, noise_sampler=randn, **args.sampling)
+        images.append(latents_to_images(vae, x))
     return np.stack(images, axis=1)
 
 

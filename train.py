@@ -142,7 +142,7 @@ def train(args):
     run = Run(args, chains, model, ema, optimizer, last, device)
     del last  # four times the size of the model
     if run.step >= args.steps:
-        raise ValueError(f"{args.out}/last.pt is complete, at step {run.step}; --resume needs a larger --steps")
+        return run.finish(f"complete at step {run.step}, nothing to do")
     options = dict(num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     batches = torch.utils.data.DataLoader(chains, batch_size=None, sampler=range(run.step, args.steps), **options)
     forward = parallelize(model, args, device)
@@ -175,7 +175,7 @@ def train(args):
         # EMA warm-up; the release's decay is constant
         update_ema(ema, model, min(args.ema, (1 + step) / (10 + step)))
         run.after_step(loss_sum, grad_norm, lr)
-    run.finish()
+    run.finish(f"complete at step {run.step}")
 
 
 # ---------------------------------------------------------------------------------------------- before the loop
@@ -271,7 +271,7 @@ def build(args, cache, last, device):
 
 def refuse_another_run(args, config, cache, last):
     """Refuse to resume a run of another model, other data or other flags."""
-    here = dataclasses.asdict(config) | data_info(cache)
+    here = dataclasses.asdict(config) | cache.info
     here |= {k: vars(args)[k] for k in ("seed", "batch_size", "weight_decay")}
     there = last["args"] | last | last["config"]
     different = [f"{k} {there.get(k)} there, {v} here" for k, v in here.items() if k != "vae" and there.get(k) != v]
@@ -283,11 +283,6 @@ def checkpoint_blocks(model):
     """Recompute activations in the backward pass instead of keeping them (gradient checkpointing)."""
     for block in [*model.ar.blocks, *model.decoder.blocks]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def data_info(cache):
-    """What a checkpoint tells of its data."""
-    return dict(classes=cache.classes, vae=cache.vae, vae_digest=cache.vae_digest, num_images=len(cache))
 
 
 @torch.no_grad()
@@ -391,7 +386,7 @@ class Run:
             self.draw_samples()
         self.started += time.time() - paused  # images_per_second is of training alone
         if stop and not done:
-            self.finish(f"stopped at step {self.step}, --resume continues; ")
+            self.finish(f"stopped at step {self.step}, --resume continues")
             sys.exit(128 + (self.signal[0] if self.signal else signal.SIGTERM))
 
     def log(self, grad_norm, lr):
@@ -412,7 +407,7 @@ class Run:
 
     def save(self, keep):
         """Write ema.pt, last.pt and, to keep, ema-STEP.pt."""
-        info = dict(config=dataclasses.asdict(self.model.config), step=self.step, **data_info(self.cache))
+        info = dict(config=dataclasses.asdict(self.model.config), step=self.step, **self.cache.info)
         weights = {k: v.half() for k, v in self.ema.state_dict().items()}
         for name in ["ema.pt"] + [f"ema-{self.step:07d}.pt"] * keep:
             atomic_write(self.out / name, lambda f: torch.save(dict(info, model=weights), f))
@@ -449,10 +444,10 @@ class Run:
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)  # all ranks stop after the same step
         return bool(flag)
 
-    def finish(self, why=""):
+    def finish(self, state):
         self.bar.close()
         if RANK == 0:
-            print(f"{why}wrote {self.out}/last.pt, ema.pt, log.csv; draw: python sample.py --ckpt {self.out}/ema.pt")
+            print(f"{state}; {self.out} has last.pt, ema.pt, log.csv; draw: python sample.py --ckpt {self.out}/ema.pt")
         if WORLD > 1:  # torchrun kills the remaining ranks once one exits
             dist.barrier(group=self.control)
             dist.destroy_process_group()

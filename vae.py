@@ -427,6 +427,8 @@ class LatentCache:
             record = json.loads((path / "cache.json").read_text())
             self.classes, self.scale, self.image_size = record["classes"], record["scale"], record["image_size"]
             self.vae, self.vae_digest, shape = record["vae"], record["vae_digest"], tuple(record["shape"])
+            # what a checkpoint tells of its data
+            self.info = dict(classes=self.classes, vae=self.vae, vae_digest=self.vae_digest, num_images=shape[0])
             if (path / "moments.bin").stat().st_size != 2 * math.prod(shape) or shape[1] != 2 or shape[2] % 2:
                 raise ValueError("moments.bin does not have the size that cache.json tells")
             self.moments = np.memmap(path / "moments.bin", np.float16, "r", shape=shape)

@@ -9,9 +9,9 @@ Our version and the plain one take turns in one process, on the same weights and
 runs; its median and range are over the rounds.
 
 The plain version does what the released code does. It copies c for each draw, computes the keys and values of c anew
-for each draw and step, casts the weights at each step, computes the modulation for each sample, and in training decodes the
-images of a chain one after the other. It uses torch's own attention everywhere, and a for-loop optimiser and EMA, and
-compiles nothing.
+for each draw and step, casts the weights at each step, computes the modulation for each sample, and in training decodes
+the images of a chain one after the other. It uses torch's own attention everywhere, a for-loop optimiser and a for-loop
+EMA, and compiles nothing.
 
 TFLOP/s   multiplications and additions of the matrix products and attentions of our version, forward and backward, as
           torch.utils.flop_counter counts them, by our time: work that is saved counts for nothing

@@ -33,7 +33,9 @@ def test_features_are_of_the_whole_chain_and_without_the_second_positions():
     model, labels = build(SMALL), torch.tensor([0, 3])
     f = chain_features(model, labels, seed=0)
     assert f.shape == (2, SMALL.cond_tokens, SMALL.width)
-    assert torch.equal(f, chain_features(model, labels, seed=0)) and not torch.allclose(f, chain_features(model, labels, seed=1))
+    assert torch.equal(f, chain_features(model, labels, seed=0)) and not torch.allclose(
+        f, chain_features(model, labels, seed=1)
+    )
     with torch.no_grad():  # changes c, and so the references that are drawn, but not the features of image 0
         model.cond_positions += 1
     torch.testing.assert_close(chain_features(model, labels, seed=0)[:, :4], f[:, :4])
@@ -47,7 +49,9 @@ def test_the_features_of_a_class_do_not_depend_on_the_others_of_its_batch():
 
 def test_features_of_a_one_step_model_are_the_same_for_every_seed():
     model = build(ONE_STEP)
-    assert torch.equal(chain_features(model, torch.tensor([2]), seed=0), chain_features(model, torch.tensor([2]), seed=5))
+    assert torch.equal(
+        chain_features(model, torch.tensor([2]), seed=0), chain_features(model, torch.tensor([2]), seed=5)
+    )
 
 
 @pytest.fixture

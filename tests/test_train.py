@@ -370,7 +370,7 @@ def test_a_signal_stops_a_run_after_its_step_with_a_checkpoint(project, command,
         out, err = command([script, ROOT / "train.py", *flags.split()], expect=128 + number)
     else:
         out, err = command(f"train.py {flags}", expect=1, launcher=(*TORCHRUN, str(script)))
-    assert "stopped at step 3" in out and "stopped/last.pt" in out and "--resume" in out
+    assert "stopped at step 3, --resume continues; stopped has last.pt" in out
     assert "Traceback" not in err.split("torch/distributed")[0]  # torchrun ends with a traceback of its own
     assert load_file("stopped/last.pt")["step"] == 3
     if world == 1:
