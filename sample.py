@@ -37,7 +37,10 @@ def parse():
     add("--refs", type=count, help="images in the chain; the last is the result (default: the model's)")
     add("--show-chain", action="store_true", help="draw every image of each chain, one chain a row")
     add("--fuse", nargs=2, metavar=("A", "B"), help="columns A, B, and A's first half of features with B's second")
-    counts = lambda text: [count(k) for k in text.split(",")]  # noqa: E731
+
+    def counts(text):
+        return [count(k) for k in text.split(",")]
+
     add(
         "--features",
         type=counts,

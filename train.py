@@ -169,7 +169,7 @@ def train(args):
             (loss / args.accumulate).backward()
             loss_sum += loss.detach() / args.accumulate
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        check_finite(grad_norm, step, chains)
+        run.check_finite(grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # EMA warm-up; the release's decay is constant
@@ -191,7 +191,7 @@ def setup(args):
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
     last = load_file(path) if args.resume else None
-    if args.resume and not (isinstance(last, dict) and {"args", "config", "model_ema", "optimizer"} <= last.keys()):
+    if args.resume and not (isinstance(last, dict) and {"args", "config", "log", "optimizer"} <= last.keys()):
         raise ValueError(f"{path}: not the last.pt of a run, so it cannot be resumed")
     return device, last
 
@@ -335,19 +335,12 @@ def ignore_signals(worker):
 
 
 # ---------------------------------------------------------------------------------------------- around the loop
-def check_finite(grad_norm, step, chains):
-    if not math.isfinite(grad_norm):  # before the optimiser touches the weights
-        images = chains.indices(step).ravel().tolist()
-        shown = ", ".join(map(str, images[:16])) + " ..." * (len(images) > 16)
-        what = f"the loss or gradient of step {step + 1} is not finite; images of this process: {shown}"
-        raise ValueError(f"{what} of {chains.cache.path}; try --resume with a smaller --lr")
-
-
 class Run:
     """What stands around the loop: the log, checkpoints, pictures and signals. Rank 0 alone writes."""
 
     def __init__(self, args, chains, model, ema, optimizer, last, device):
-        self.args, self.cache, self.model, self.ema, self.optimizer = args, chains.cache, model, ema, optimizer
+        self.args, self.chains, self.cache = args, chains, chains.cache
+        self.model, self.ema, self.optimizer = model, ema, optimizer
         self.device, self.dtype = device, pick_dtype(args.dtype, device)
         args.dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"  # recorded: a resumed run keeps it
         self.out, self.name = Path(args.out), args.size + "-mrar" * (args.refs > 1)
@@ -366,6 +359,15 @@ class Run:
             print(f"{args.steps} steps of {args.batch_size} chains: {args.steps / self.steps_per_epoch:.1f} epochs")
             print(f"resuming from {self.out}/last.pt at step {self.step}" if self.step else f"writing to {self.out}")
         self.bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=RANK > 0, desc=self.name)
+
+    def check_finite(self, grad_norm):
+        """Refuse a loss or gradient that is not finite, before the optimiser touches the weights."""
+        if not math.isfinite(grad_norm):
+            self.bar.close()
+            images = self.chains.indices(self.step).ravel().tolist()
+            shown = ", ".join(map(str, images[:16])) + " ..." * (len(images) > 16)
+            what = f"the loss or gradient of step {self.step + 1} is not finite; images of this process: {shown}"
+            raise ValueError(f"{what} of {self.cache.path}; try --resume with a smaller --lr")
 
     def after_step(self, loss, grad_norm, lr):
         """Count the step, then log, save, draw samples and stop where it is time to."""

@@ -707,11 +707,12 @@ def error_line(e):
         return "out of GPU memory; lower --batch-size, or in training raise --accumulate"
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({' '.join(str(e).split())[:200]}); --no-compile runs without it"
-    if isinstance(e, OSError) and e.filename:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return f"{e.filename}: {e.strerror}" + "; make room, then repeat the command (training: --resume)" * full
-    if isinstance(e, (ValueError, OSError)):  # a loader's worker puts its traceback before the message
-        return (str(e).strip() or type(e).__name__).splitlines()[-1].removeprefix("ValueError: ")
+    if isinstance(e, OSError):
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        line = f"{e.filename}: {e.strerror}" if e.filename else str(e) or type(e).__name__
+        return line.splitlines()[-1] + "; make room, then repeat the command (training: --resume)" * full
+    if isinstance(e, ValueError):  # a loader's worker puts its traceback before the message
+        return (str(e).strip() or "ValueError").splitlines()[-1].removeprefix("ValueError: ")
 
 
 def run_main(main):
