@@ -46,12 +46,9 @@ def measure(model, args):
     """Eq. 15, or the release's mean of all of S, for every seed and class -> float64 [seeds, classes]."""
     measure_of = (lambda S: S.mean((-1, -2))) if args.released else mean_abs_offdiagonal
     rows = []
-    for seed in range(args.seeds if model.config.refs > 1 else 1):
+    for seed in [derive_seed(args.seed, i) for i in range(args.seeds if model.config.refs > 1 else 1)]:
         batches = torch.arange(model.config.num_classes, device=args.device).split(args.batch_size)
-        values = [
-            measure_of(similarity(chain_features(model, labels, derive_seed(args.seed, seed)))) for labels in batches
-        ]
-        rows.append(torch.cat(values).cpu())
+        rows.append(torch.cat([measure_of(similarity(chain_features(model, y, seed))) for y in batches]).cpu())
     return torch.stack(rows).numpy()
 
 

@@ -154,9 +154,8 @@ def load_statistics(path, network, width):
         if "mu" not in data or "sigma" not in data:
             return None
         mu, sigma = (torch.from_numpy(data[k].astype(np.float64)) for k in ("mu", "sigma"))
-        made_by = (
-            str(data["network"]) if "network" in data else network
-        )  # ADM's files name no network: taken as this one
+        # ADM's files name no network: taken as this one
+        made_by = str(data["network"])[:16] if "network" in data else network
         if not (mu.isfinite().all() and sigma.isfinite().all()):
             raise ValueError("mu or sigma is not finite")
     if made_by != network or mu.shape != (width,) or sigma.shape != (width, width):

@@ -36,7 +36,7 @@ def distance(name, flags):
 
 def main():
     if not (OUT / "train" / "last.pt").exists():
-        run(f"train.py --out {OUT}/train --keep-every 200 --sample-every 0")
+        run(f"train.py --out {OUT}/train --keep-every 400 --sample-every 0")
     checkpoints = sorted((OUT / "train").glob("ema-*.pt"))
     table = run(f"diversity.py --ckpt {' '.join(map(str, checkpoints))}")
     rows = sorted(csv.DictReader(io.StringIO(table)), key=lambda row: int(row["step"]))
@@ -47,7 +47,7 @@ def main():
     plot(curves, ROOT / "demo" / "steps.png", "steps of stage 1")
 
     curves = {}
-    for sampler, counts in (("euler-maruyama", (12, 25, 50)), ("adams-bashforth", (4, 5, 8, 12, 25))):
+    for sampler, counts in (("euler-maruyama", (12, 25, 100)), ("adams-bashforth", (5, 8, 12, 25))):
         values = [distance(f"{sampler}-{n}", f"--sampler {sampler} --steps {n}") for n in counts]
         curves[sampler] = (counts, values)
     plot(curves, ROOT / "demo" / "evaluations.png", "network evaluations an image")
