@@ -617,12 +617,11 @@ def fetch(url, path):
         if length and part.stat().st_size != have + length:
             raise OSError("the connection closed early")
     except (OSError, http.client.HTTPException) as e:
-        refused = getattr(e, "code", 0) == 416  # nothing after `have`: it is complete, or a part of another file
-        if not refused or e.headers.get("Content-Range") != f"bytes */{have}":
-            if refused:
-                part.unlink()
-            what = f"could not fetch {url} ({getattr(e, 'reason', e)})"
-            raise OSError(f"{what}; repeat the command to resume, or put the file at {path}") from None
+        if getattr(e, "code", 0) == 416:  # nothing to send after `have`: start over
+            part.unlink()
+            return fetch(url, path)
+        what = f"could not fetch {url} ({getattr(e, 'reason', e)})"
+        raise OSError(f"{what}; repeat the command to resume, or put the file at {path}") from None
     part.rename(path)
     return path
 
