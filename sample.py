@@ -104,7 +104,8 @@ def load(args, device, dtype):
         raise ValueError(f"--vae {vae.path}: has {vae.z_channels} channels, the model {model.config.latent_channels}")
     args.refs = args.refs or model.config.refs
     if args.refs > model.config.refs:
-        raise ValueError(f"--refs {args.refs}: this model draws chains of 1 to {model.config.refs} images")
+        longer = "; finetune_mrar.py trains longer chains" * (model.config.refs == 1)
+        raise ValueError(f"--refs {args.refs}: this model draws chains of 1 to {model.config.refs} images{longer}")
     given = {k: getattr(args, k) for k in ("steps", "cfg", "s1", "s2", "sampler") if getattr(args, k) is not None}
     args.sampling = sampling_settings(model.config) | given
     return cast_weights(model, dtype), cast_weights(vae, dtype)
@@ -132,6 +133,12 @@ def choose_labels(args, model):
     return labels, [names[k] if names else str(k) for k in classes]
 
 
+def count_evaluations(model, total):
+    """Progress bar of the decoder's evaluations."""
+    bar = tqdm(total=total, unit="evaluation", disable=RANK > 0)
+    model.decoder.register_forward_hook(lambda *_: bar.update() and None)  # None leaves the output as it is
+
+
 def draw_chains(model, vae, labels, args, device, batches=None):
     """Yield (b, chains uint8 [B, refs, H, W, 3]) of batch b of `labels` [N], for all batches or those given.
 
@@ -139,7 +146,8 @@ def draw_chains(model, vae, labels, args, device, batches=None):
     """
     size = args.batch_size
     batches = range(-(-len(labels) // size)) if batches is None else batches
-    for b in tqdm(batches, unit="batch", disable=RANK > 0):
+    count_evaluations(model, len(batches) * args.refs * args.sampling["steps"])
+    for b in batches:
         batch = torch.tensor(labels[b * size : (b + 1) * size], device=device)
         randn = per_image_noise(args.seed, range(b * size, b * size + len(batch)), device)
         chain = model.sample(batch, args.refs, noise_sampler=randn, fresh_noise=args.fresh_noise, **args.sampling)
@@ -182,11 +190,12 @@ def decode_conditions(model, vae, labels, parts, args, device):
     parts   functions of the list of those c that return the c to decode
     """
     N, conditions, images = len(labels[0]), [], []
-    for y in tqdm(labels, unit="chain"):
+    count_evaluations(model, (len(labels) * (args.refs - 1) + len(parts)) * args.sampling["steps"])
+    for y in labels:
         y, randn = torch.tensor(y, device=device), per_image_noise(args.seed, range(N), device)
         chain = model.sample(y, args.refs - 1, noise_sampler=randn, **args.sampling) if args.refs > 1 else None
         conditions.append(model.encode_guided(y, chain, args.sampling["cfg"]))
-    for part in tqdm(parts, unit="column"):
+    for part in parts:
         randn = per_image_noise(args.seed, range(N), device)
         noise = randn(torch.empty(N, *model.config.latent_shape))
         x = model.decode(part(conditions), noise, noise_sampler=randn, **args.sampling)

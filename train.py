@@ -408,7 +408,7 @@ class Run:
         self.loss_sum.zero_()
 
     def save(self, keep):
-        """Write ema.pt, last.pt and, to keep, ema-STEP.pt."""
+        """Write ema.pt, last.pt, loss.png and, to keep, ema-STEP.pt."""
         info = dict(config=dataclasses.asdict(self.model.config), step=self.step, **self.cache.info)
         weights = {k: v.half() for k, v in self.ema.state_dict().items()}
         for name in ["ema.pt"] + [f"ema-{self.step:07d}.pt"] * keep:
@@ -417,11 +417,11 @@ class Run:
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
         state |= dict(model_ema=self.ema.state_dict(), args=flags, log=self.rows)
         atomic_write(self.out / "last.pt", lambda f: torch.save(dict(info, **state), f))
-
-    def draw_samples(self):
-        """Draw four images of each of the first ten classes with the EMA weights, and the curve of the loss."""
         steps, _, losses, *_ = zip(*self.rows)
         plot({"training loss": (steps, losses)}, self.out / "loss.png", "step")
+
+    def draw_samples(self):
+        """Draw four images of each of the first ten classes with the EMA weights."""
         labels = torch.arange(min(10, len(self.cache.classes)), device=self.device).repeat_interleave(4)
         randn = per_image_noise(self.args.seed, range(len(labels)), self.device)
         path = self.out / f"samples-{self.step:07d}.png"
@@ -469,7 +469,11 @@ def make_parser(doc, out, recipes):
     add("--vae", help="VAE that encodes --data if it is images (default: the bundled one for the bundled images)")
     add("--image-size", type=count, help="pixels (default: the cache's, or the VAE's own)")
     add("--out", default=out, help="folder of the run (default: %(default)s)")
-    add("--resume", action="store_true", help="continue from OUT/last.pt, with the flags that the run was started with")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue from OUT/last.pt, with the flags of its start; --steps may be raised",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, help="length of the run in optimiser steps")
     length.add_argument("--epochs", type=count, help="length of the run in passes over the images")
@@ -486,7 +490,9 @@ def make_parser(doc, out, recipes):
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw")
     add("--save-every", type=count, help="steps between checkpoints")
     add("--keep-every", type=count, help="steps between EMA checkpoints to keep, as OUT/ema-STEP.pt (default: none)")
-    add("--sample-every", type=bounded(int, 0), help="steps between pictures of samples, 0 for none")
+    add(
+        "--sample-every", type=bounded(int, 0), help="steps between pictures of samples, one at the end too; 0 for none"
+    )
     add("--log-every", type=count, help="steps between rows of log.csv")
     add("--workers", type=bounded(int, 0), help="processes that read latents; 2 or more keep a GPU busy")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")

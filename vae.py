@@ -754,7 +754,7 @@ def plot(curves, path, xlabel, width=640, height=400):
         draw.line([to_x(x), top, to_x(x), bottom], "#dddddd")
         draw.text((to_x(x), bottom + 4), f"{x:.4g}", "black", font, "ma")
         draw.line([left, to_y(y), right, to_y(y)], "#dddddd")
-        draw.text((left - 6, to_y(y)), f"{y:.3g}", "black", font, "rm")
+        draw.text((left - 6, to_y(y)), f"{y:.2g}", "black", font, "rm")
     draw.text(((left + right) / 2, height - 4), xlabel, "black", font, "md")
     for i, (name, (x, y)) in enumerate(curves.items()):
         color = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0")[i % 4]
