@@ -45,15 +45,12 @@ class Config:
     label_drop_prob: float = 0.1  # probability of training a chain with the null class, for guidance
 
     def __post_init__(self):
-        side = math.isqrt(self.tokens_per_image)
         if self.refs not in (1, 4, 16, 64) or self.width % self.heads:
-            raise ValueError(
-                f"refs {self.refs} must be 1, 4, 16 or 64, width {self.width} a multiple of heads {self.heads}"
-            )
+            raise ValueError(f"refs {self.refs}: must be 1, 4, 16 or 64; heads {self.heads}: must divide {self.width}")
+        side = math.isqrt(self.tokens_per_image)
         if self.refs > 1 and (self.refs * side**2 != self.cond_tokens or self.latent_size % side):
-            raise ValueError(
-                f"refs {self.refs} does not fit cond_tokens {self.cond_tokens} or latent_size {self.latent_size}"
-            )
+            sizes = f"cond_tokens {self.cond_tokens} or latent_size {self.latent_size}"
+            raise ValueError(f"refs {self.refs}: does not fit {sizes}")
 
     @property
     def tokens_per_image(self):

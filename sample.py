@@ -41,12 +41,7 @@ def parse():
     def counts(text):
         return [count(k) for k in text.split(",")]
 
-    add(
-        "--features",
-        type=counts,
-        metavar="K,K,...",
-        help="columns from the first K of 256 features (or the same share)",
-    )
+    add("--features", type=counts, metavar="K,K,...", help="columns from the first K of 256 features, or that share")
     add("--steps", type=count, help="network evaluations an image (default: 25 for XS, else 100)")
     add("--cfg", type=bounded(float, 0), help="guidance scale, 1 = none (default: the published value of the model)")
     add("--s1", type=bounded(float, 0), help="scale of the drift, Eq. 18 (default: the published value of the model)")

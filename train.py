@@ -469,11 +469,7 @@ def make_parser(doc, out, recipes):
     add("--vae", help="VAE that encodes --data if it is images (default: the bundled one for the bundled images)")
     add("--image-size", type=count, help="pixels (default: the cache's, or the VAE's own)")
     add("--out", default=out, help="folder of the run (default: %(default)s)")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue from OUT/last.pt, with the flags of its start; --steps may be raised",
-    )
+    add("--resume", action="store_true", help="continue from OUT/last.pt with its flags; --steps may be raised")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, help="length of the run in optimiser steps")
     length.add_argument("--epochs", type=count, help="length of the run in passes over the images")
@@ -490,9 +486,7 @@ def make_parser(doc, out, recipes):
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw")
     add("--save-every", type=count, help="steps between checkpoints")
     add("--keep-every", type=count, help="steps between EMA checkpoints to keep, as OUT/ema-STEP.pt (default: none)")
-    add(
-        "--sample-every", type=bounded(int, 0), help="steps between pictures of samples, one at the end too; 0 for none"
-    )
+    add("--sample-every", type=bounded(int, 0), help="steps between pictures, and one at the end; 0 for none")
     add("--log-every", type=count, help="steps between rows of log.csv")
     add("--workers", type=bounded(int, 0), help="processes that read latents; 2 or more keep a GPU busy")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
