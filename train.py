@@ -117,7 +117,7 @@ def learning_rate(step, args):
 
 
 def make_optimizer(model, args):
-    """AdamW; as in the release, weight decay on all that is not in the decoder, nor a bias or a norm."""
+    """AdamW; as in the release, no weight decay in the decoder, nor on biases and norms."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     decayed = [p for n, p in named if p.ndim > 1 and not n.startswith("decoder.")]
     others = [p for n, p in named if p.ndim == 1 or n.startswith("decoder.")]
@@ -201,9 +201,8 @@ def resolve_flags(args, last, device):
     given = {k: v for k, v in vars(args).items() if v is not None}
     before = last["args"] if last else {}
     size = given.get("size") or before.get("size", "XS")
-    refs = given.get("refs") or max(
-        4, before.get("refs", 4)
-    )  # finetune_mrar.py without --refs: as the resumed run, else 4
+    # finetune_mrar.py without --refs: as the resumed run, else 4
+    refs = given.get("refs") or max(4, before.get("refs", 4))
     only_decoder = given.get("only_decoder", before.get("only_decoder", False))
     if "epochs" in given:
         before = dict(before, steps=None)
