@@ -4,9 +4,10 @@
     python diversity.py --heatmap trouser --out S.png     the matrix S of one class (Eq. 14) as a picture
     python diversity.py --ckpt runs/train/ema-*.pt > curve.csv    of train.py --keep-every (Figure 4a)
 
-The table on stdout is CSV: the mean |S_ij| over i != j, smaller is more diverse. The features are the AR Transformer's
-output before the second position embedding, for MRAR those of the whole chain. Those of 1-step AR are a function of the
-class alone: no seed changes them.
+The table on stdout is CSV. `similarity` is the mean |S_ij| over i != j (Eq. 15), smaller is more diverse; `released` is
+the release's measure, the mean of all of S, diagonal and signs included. The features are the AR Transformer's output
+before the second position embedding, for MRAR those of the whole chain. Those of 1-step AR are a function of the class
+alone: no seed changes them.
 """
 
 import argparse
@@ -43,13 +44,15 @@ def chain_features(model, labels, seed):
 
 
 def measure(model, args):
-    """Eq. 15, or the release's mean of all of S, for every seed and class -> float64 [seeds, classes]."""
-    measure_of = (lambda S: S.mean((-1, -2))) if args.released else mean_abs_offdiagonal
+    """Eq. 15, and the release's mean of all of S, for every seed and class -> float64 [2, seeds, classes]."""
     rows = []
     for seed in [derive_seed(args.seed, i) for i in range(args.seeds if model.config.refs > 1 else 1)]:
         batches = torch.arange(model.config.num_classes, device=args.device).split(args.batch_size)
-        rows.append(torch.cat([measure_of(similarity(chain_features(model, y, seed))) for y in batches]).cpu())
-    return torch.stack(rows).numpy()
+        matrices = [similarity(chain_features(model, y, seed)) for y in batches]
+        rows.append(
+            torch.cat([torch.stack([mean_abs_offdiagonal(S), S.mean((-1, -2))]) for S in matrices], dim=1).cpu()
+        )
+    return torch.stack(rows, dim=1).numpy()
 
 
 def save_heatmap(S, path):
@@ -66,7 +69,6 @@ def main():
     add("--ckpt", nargs="+", default=[str(DEMO_MODEL)], help="checkpoints (default: the bundled model)")
     add("--seeds", type=count, default=4, help="chains drawn for each class, MRAR only (default: 4)")
     add("--seed", type=bounded(int, 0), default=0, help="(default: 0)")
-    add("--released", action="store_true", help="the release's measure: mean of S, diagonal and signs included")
     add("--per-class", action="store_true", help="a row for each class too")
     add("--heatmap", metavar="CLASS", help="write S of this class (index or name) to --out")
     add("--out", default="runs/similarity.png", help="picture of --heatmap (default: %(default)s)")
@@ -77,16 +79,16 @@ def main():
     args.device = pick_device(args.device)
 
     table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(["step", "checkpoint", "similarity", "over_classes", "over_seeds"])
+    table.writerow(["step", "checkpoint", "similarity", "over_classes", "over_seeds", "released"])
     for ckpt in tqdm(args.ckpt, unit="checkpoint"):
         model = load_checkpoint(ckpt, args.device)
         names = model.info.get("classes") or [str(i) for i in range(model.config.num_classes)]
         label = class_index("--heatmap", args.heatmap, names, len(names)) if args.heatmap else None
-        values, step = measure(model, args), model.info.get("step", 0)
+        (values, released), step = measure(model, args), model.info.get("step", 0)
         spread = f"{values.mean(0).std():.4f}", f"{values.std(0).mean():.4f}"
-        table.writerow([step, ckpt, f"{values.mean():.4f}", *spread])
-        for name, v in zip(names, values.T) if args.per_class else ():
-            table.writerow([step, name, f"{v.mean():.4f}", "", f"{v.std():.4f}"])
+        table.writerow([step, ckpt, f"{values.mean():.4f}", *spread, f"{released.mean():.4f}"])
+        for name, v, r in zip(names, values.T, released.T) if args.per_class else ():
+            table.writerow([step, name, f"{v.mean():.4f}", "", f"{v.std():.4f}", f"{r.mean():.4f}"])
     if args.heatmap:
         S = similarity(chain_features(model, torch.tensor([label], device=args.device), derive_seed(args.seed, 0)))[0]
         save_heatmap(S, args.out)

@@ -4,24 +4,21 @@
     python fid.py --samples train/ --image-size 256 --save-stats stats.npz      statistics once; then --ref stats.npz
     python fid.py --samples samples.npz --ref SRC --net demo/features.pt        in another network's features (not FID)
 
-Samples and reference are folders of images or .npz files of uint8 images (arr_0 or images). Under torchrun each process
-takes a part of them. A TorchScript file is a program that runs when it is loaded: name only networks that you trust.
+Samples and reference are folders of images or .npz files of uint8 images (arr_0 or images). A TorchScript file is a
+program that runs when it is loaded: name only networks that you trust.
 """
 
 import argparse
-import datetime
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from model import readable
-from vae import RANK, WORLD, Images, atomic_write, bounded, check_output_path, fetch, pick_device, run_main
-from vae import sha256_prefix
+from vae import Images, atomic_write, bounded, check_output_path, fetch, pick_device, run_main, sha256_prefix
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
@@ -105,22 +102,20 @@ def load_net(path, device):
 
 
 def extract(net, images, args, classify=False, keep=False):
-    """Run net, as load_net returns it, over all images, every process over its part, and sum up over the processes.
+    """Run net, as load_net returns it, over all images.
 
     Returns (sums, features). sums: running float64 sums over the features x, n, total [D] of x, outer [D, D] of x x^T;
     with `classify` also, for each part of the Inception Score, counts [10], p_sums [10, K] of p(y|x), p_log_p_sums [10]
-    of sum_y p log p; and `correct`, the images classified as labelled. features: with `keep`, on rank 0, [N, D].
+    of sum_y p log p; and `correct`, the images classified as labelled. features: with `keep`, [N, D].
     """
     net, width, num_classes = net
     zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
     sums = dict(n=zeros(1), total=zeros(width), outer=zeros(width, width))
     sums |= dict(counts=zeros(10), p_sums=zeros(10, num_classes), p_log_p_sums=zeros(10), correct=zeros(1))
     labels, parts, kept = torch.from_numpy(images.labels), score_parts(len(images)), []
-    mine = range(RANK, len(images), WORLD)
-    subset = torch.utils.data.Subset(images, mine)
-    loader = torch.utils.data.DataLoader(subset, args.batch_size, num_workers=args.workers)
-    bar = tqdm(loader, unit="batch", desc=f"features of {images.path}", disable=RANK > 0)
-    for batch, indices in zip(bar, torch.tensor(mine).split(args.batch_size)):
+    loader = torch.utils.data.DataLoader(images, args.batch_size, num_workers=args.workers)
+    bar = tqdm(loader, unit="batch", desc=f"features of {images.path}")
+    for batch, indices in zip(bar, torch.arange(len(images)).split(args.batch_size)):
         x = batch.permute(0, 3, 1, 2).contiguous().to(args.device)
         features = net(x, return_features=True).float().cpu()
         if not features.isfinite().all():
@@ -136,31 +131,32 @@ def extract(net, images, args, classify=False, keep=False):
             sums["p_sums"].index_add_(0, parts[indices], p)
             sums["p_log_p_sums"].index_add_(0, parts[indices], torch.xlogy(p, p).sum(1))
             sums["correct"] += (p.argmax(1) == labels[indices]).sum()
-    if WORLD > 1:
-        flat = torch.cat([v.flatten() for v in sums.values()])
-        dist.all_reduce(flat)
-        sums = {k: f.view_as(v) for (k, v), f in zip(sums.items(), flat.split([v.numel() for v in sums.values()]))}
-        gathered = [None] * WORLD
-        dist.gather_object(kept, gathered if RANK == 0 else None)
-        kept = sum(gathered, []) if RANK == 0 else []
     return sums, torch.cat(kept) if kept else None
 
 
-def load_statistics(path, network, width):
-    """(mu [D], sigma [D, D]) of an .npz, float64 tensors, or None if it has none."""
-    if not path.endswith(".npz"):
-        return None
-    with readable(path, ".npz of statistics"), np.load(path, allow_pickle=False) as data:
-        if "mu" not in data or "sigma" not in data:
-            return None
-        mu, sigma = (torch.from_numpy(data[k].astype(np.float64)) for k in ("mu", "sigma"))
-        # ADM's files name no network: taken as this one
-        made_by = str(data["network"])[:16] if "network" in data else network
-        if not (mu.isfinite().all() and sigma.isfinite().all()):
-            raise ValueError("mu or sigma is not finite")
-    if made_by != network or mu.shape != (width,) or sigma.shape != (width, width):
-        raise ValueError(f"{path}: statistics of another network; make new ones with --save-stats and this --net")
-    return mu, sigma
+def open_reference(path, samples, network, width):
+    """(images, statistics) of --ref, None for what it has not: Images brought to the samples' size, (mu [D], sigma [D, D]).
+
+    ADM's reference batches have both: the statistics are of more images than the batch.
+    """
+    stats, has_images = None, True
+    if path.endswith(".npz") and Path(path).is_file():
+        with readable(path, ".npz of images or statistics"), np.load(path, allow_pickle=False) as data:
+            has_images = bool({"arr_0", "images"} & set(data))
+            if "mu" in data or not has_images:
+                mu, sigma = stats = tuple(torch.from_numpy(data[k].astype(np.float64)) for k in ("mu", "sigma"))
+                made_by = str(data["network"])[:16] if "network" in data else network  # ADM's files name no network
+                if made_by != network or mu.shape != (width,) or sigma.shape != (width, width):
+                    raise ValueError("statistics of another network; make new ones with --save-stats and this --net")
+                if not (mu.isfinite().all() and sigma.isfinite().all()):
+                    raise ValueError("mu or sigma is not finite")
+    if not has_images:
+        return None, stats
+    shape = samples.shape
+    images = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
+    if images.shape != shape:
+        raise ValueError(f"--ref {path}: {images.shape} px, the samples {shape}; --image-size N crops both to N x N")
+    return images, stats
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -179,6 +175,8 @@ def parse():
     args = parser.parse_args()
     if not (args.ref or args.save_stats):
         raise ValueError("--ref: give a reference (or --save-stats F.npz, to write the samples' statistics)")
+    if args.ref and not Path(args.ref).exists():
+        raise ValueError(f"--ref {args.ref}: no such file or folder")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise ValueError(f"--save-stats {args.save_stats}: must end in .npz")
     for flag, path in (("--json", args.json), ("--save-stats", args.save_stats)):
@@ -187,32 +185,14 @@ def parse():
     return args
 
 
-def open_reference(path, shape):
-    """Images of --ref, brought to the samples' size by the crop of training; None if it is an .npz without images."""
-    if path.endswith(".npz") and Path(path).is_file():
-        with readable(path, ".npz"), np.load(path, allow_pickle=False) as data:
-            if not {"arr_0", "images"} & set(data):
-                return None
-    images = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
-    if images.shape != shape:
-        raise ValueError(f"--ref {path}: {images.shape} px, the samples {shape}; --image-size N crops both to N x N")
-    return images
-
-
 def main():
     args = parse()
     samples = Images(args.samples, args.image_size, labelled=False)
-    reference = open_reference(args.ref, samples.shape) if args.ref else None
     args.device = pick_device(args.device)
-    if WORLD > 1:  # the sums are small and on the CPU
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # its rounding shows in FID
     net_path = args.net or fetch(INCEPTION, Path(torch.hub.get_dir()) / "transdiff" / Path(INCEPTION).name)
-    net = load_net(net_path, args.device)
-    network = sha256_prefix(Path(net_path).read_bytes())
-    stats = load_statistics(args.ref, network, net[1]) if args.ref else None
-    if args.ref and reference is None and stats is None:
-        raise ValueError(f"--ref {args.ref}: has neither images (arr_0) nor statistics (mu, sigma)")
+    net, network = load_net(net_path, args.device), sha256_prefix(Path(net_path).read_bytes())
+    reference, stats = open_reference(args.ref, samples, network, net[1]) if args.ref else (None, None)
     for flag, images in (("--samples", samples), ("--ref", reference or samples)):
         if len(images) < 2:
             raise ValueError(f"{flag} {images.path}: give 2 images or more")
@@ -220,11 +200,9 @@ def main():
     # TorchScript would spend its first calls on profiling itself
     with torch.inference_mode(), torch.jit.optimized_execution(False):
         sums, features = extract(net, samples, args, classify=True, keep=reference is not None)
-        ref_sums, ref_features = extract(net, reference, args, keep=True) if reference else (None, None)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if RANK > 0:
-        return
+        if reference:
+            ref_sums, ref_features = extract(net, reference, args, keep=True)
+            stats = stats or mean_and_covariance(ref_sums)
     mu, sigma = mean_and_covariance(sums)
     if args.save_stats:
         arrays = dict(mu=mu.numpy(), sigma=sigma.numpy(), network=np.array(network))
@@ -232,32 +210,30 @@ def main():
         print(f"wrote the statistics of {args.samples} to {args.save_stats}")
     result = {}
     if args.ref:
-        result["fid"] = frechet_distance(mu, sigma, *(stats or mean_and_covariance(ref_sums)))
+        result["frechet_distance" if args.net else "fid"] = frechet_distance(mu, sigma, *stats)
     if len(samples) >= 10:
         result["inception_score"], result["inception_score_std"] = inception_score(sums)
     if reference and min(len(samples), len(reference)) > 3:
         result["precision"], result["recall"] = precision_recall(features, ref_features, device=args.device)
     if hasattr(net[0], "classes") and 1 < len(samples.classes) <= len(net[0].classes):  # of demo/train_features.py
         result["accuracy"] = (sums["correct"] / sums["n"]).item()
-    report(result, args, samples, reference)
+    report(result, args, samples, network)
 
 
-def report(result, args, samples, reference):
-    name = f" ({Path(args.net).name})" if args.net else ""
-    titles = dict(fid=f"Frechet distance{name}" if name else "FID", inception_score=f"Inception Score{name}")
-    print(f"{args.samples}: {len(samples):,} images of {samples.shape[0]} x {samples.shape[1]} px")
-    for key, value in result.items():
-        if key != "inception_score_std":
-            spread = f" +- {result['inception_score_std']:.4f}" if key == "inception_score" else ""
-            print(f"  {titles.get(key, key):32}{value:10.4f}{spread}")
+def report(result, args, samples, network):
+    """Print the numbers, say which are missing and why, and write --json."""
+    n, (height, width) = len(samples), samples.shape
+    print(f"{args.samples}: {n:,} images of {height} x {width} px, in the features of {args.net or 'Inception'}")
+    for name, value in result.items():
+        print(f"  {name:24}{value:10.4f}")
     if args.ref and "precision" not in result:
         print("no precision and recall: they need 4 images or more of samples and reference, not statistics")
     if "inception_score" not in result:
         print("no Inception Score: it needs 10 samples or more")
-    if len(samples) < 10_000:
-        warning = "a distance of fewer than 10,000 samples is biased upwards, compare it at equal numbers only"
-        print(f"fid.py: warning: {warning}", file=sys.stderr)
+    if n < 10_000:
+        print("fid.py: warning: a distance of fewer than 10,000 samples is biased upwards", file=sys.stderr)
     if args.json:
+        result |= dict(network=network, samples=args.samples, reference=args.ref, num_samples=n)
         atomic_write(args.json, json.dumps(result, indent=1).encode())
 
 

@@ -73,12 +73,13 @@ SIZES = {  # Appendix B: width, heads, AR blocks, DiT blocks; XS is ours, for th
 }
 
 SAMPLING = {  # the release's settings of each model, ours for XS; -mrar is refs > 1
-    "XS": dict(steps=25, cfg=2.0, s1=1.0, s2=1.0),
+    "XS": dict(steps=8, cfg=2.0, sampler="adams-bashforth"),
     "B": dict(steps=100, cfg=1.30, s1=0.87, s2=0.91),
     "L": dict(steps=100, cfg=1.30, s1=0.89, s2=0.95),
     "H": dict(steps=100, cfg=1.23, s1=0.87, s2=0.93),
     "L-512": dict(steps=100, cfg=1.30, s1=0.87, s2=0.87),
-    "XS-mrar": dict(steps=25, cfg=2.0, s1=1.0, s2=1.0),
+    "other": dict(steps=25, cfg=2.0, s1=1.0, s2=1.0),
+    "XS-mrar": dict(steps=8, cfg=2.0, sampler="adams-bashforth"),
     "B-mrar": dict(steps=100, cfg=1.30, s1=0.87, s2=0.91),
     "L-mrar": dict(steps=100, cfg=1.30, s1=0.925, s2=0.95),
     "H-mrar": dict(steps=100, cfg=1.28, s1=0.87, s2=0.91),
@@ -86,9 +87,9 @@ SAMPLING = {  # the release's settings of each model, ours for XS; -mrar is refs
 
 
 def sampling_settings(config):
-    """SAMPLING of the published model of this shape; of XS for any other shape."""
-    name = {768: "B", 1024: "L", 1280: "H"}.get(config.width, "XS") + "-mrar" * (config.refs > 1)
-    return SAMPLING["L-512" if name == "L" and config.latent_size == 32 else name]
+    """SAMPLING of the published model of this width."""
+    name = {160: "XS", 768: "B", 1024: "L", 1280: "H"}.get(config.width, "other") + "-mrar" * (config.refs > 1)
+    return SAMPLING.get("L-512" if name == "L" and config.latent_size == 32 else name, SAMPLING["other"])
 
 
 def attention_masks(config, device=None):
@@ -218,9 +219,7 @@ class ARTransformer(nn.Module):
         B, k, C, H, W = references.shape
         p = self.config.patch
         x = references.reshape(B, k, C, H // p, p, W // p, p).permute(0, 1, 3, 5, 2, 4, 6)
-        return x.reshape(
-            B, -1, C * p * p
-        ).contiguous()  # contiguous: the same rounding whether references is a slice or a copy
+        return x.reshape(B, -1, C * p * p).contiguous()  # contiguous: the same rounding for a slice and for a copy
 
 
 class DiTBlock(nn.Module):
@@ -422,13 +421,14 @@ class TransDiff(nn.Module):
         sampler  "euler-maruyama", the paper's, or "adams-bashforth", which has no noise and no use for s1, s2
         Returns latents [B, C, H, W].
         """
+        if sampler not in ("euler-maruyama", "adams-bashforth") or steps < 1:
+            raise ValueError(f"sampler {sampler}, steps {steps}: expected a sampler named above and 1 step or more")
         keys_values = self.decoder.keys_values(c)
 
         def velocity(x, t):
             t = torch.full((1,), t, device=x.device)
             if cfg == 1:
-                # a copy, since CUDA graphs reuse the memory of their output
-                return self.decoder(x, t, keys_values).to(torch.float32, copy=True)
+                return self.decoder(x, t, keys_values).float()
             v, v_null = self.decoder(torch.cat([x, x]), t, keys_values).float().chunk(2)
             return v_null + cfg * (v - v_null)  # the drift is affine in v, so mixing velocities is mixing drifts
 
@@ -437,30 +437,33 @@ class TransDiff(nn.Module):
         return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
 
     @torch.no_grad()
-    def sample(self, labels, refs=None, noise=None, noise_sampler=None, fresh_noise=False, **settings):
+    def sample(self, labels, refs=None, noise=None, noise_sampler=None, references=None, **settings):
         """Algorithms 1 and 2: draw a chain image by image -> latents [B, refs, C, H, W]; the last image is the result.
 
         What is fed back is the image's latent (Eq. 11), as in the release; Algorithm 2 says c_k.
 
         labels         int64 [B]
-        refs           images to draw, at most config.refs (default: all)
+        refs           length of the chain, at most config.refs (default: all)
         noise          [B, C, H, W], standard normal: every image of a chain starts from it, as in the release
         noise_sampler  as for euler_maruyama
-        fresh_noise    start every image from noise of its own
-        settings       steps, cfg, s1, s2 and sampler, as for decode (default: the published ones of the model)
+        references     latents [B, k, C, H, W], k < refs: the first images of the chain (default: none, all are drawn)
+        settings       steps, cfg (a number, or one for each image), s1, s2, sampler, as for decode (default: SAMPLING)
         """
         config, noise_sampler = self.config, noise_sampler or torch.randn_like
         refs = refs or config.refs
         settings = sampling_settings(config) | {k: v for k, v in settings.items() if v is not None}
-        if not 1 <= refs <= config.refs:
-            raise ValueError(f"refs {refs}: the model draws chains of 1 to {config.refs} images")
+        cfg = settings.pop("cfg")
+        cfg = cfg if isinstance(cfg, list) else [cfg] * refs
+        if not 1 <= refs <= config.refs or len(cfg) < refs:
+            raise ValueError(
+                f"refs {refs}, cfg {cfg}: the model draws chains of 1 to {config.refs}, and takes a cfg for each image"
+            )
         if noise is None:
             noise = noise_sampler(torch.empty(len(labels), *config.latent_shape, device=labels.device))
-        chain = noise[:, None][:, :0]  # no images yet: [B, 0, C, H, W]
-        for k in range(refs):
-            c = self.encode_guided(labels, chain, settings["cfg"])
-            start = noise_sampler(noise) if fresh_noise and k else noise
-            x = self.decode(c, start, noise_sampler=noise_sampler, **settings)
+        chain = noise[:, None][:, :0] if references is None else references  # no images yet: [B, 0, C, H, W]
+        for k in range(chain.shape[1], refs):
+            c = self.encode_guided(labels, chain, cfg[k])
+            x = self.decode(c, noise, cfg=cfg[k], noise_sampler=noise_sampler, **settings)
             chain = torch.cat([chain, x[:, None]], dim=1)
         return chain
 
@@ -497,9 +500,13 @@ def readable(path, kind):
     except Exception as e:
         if isinstance(e, OSError) and e.filename:  # no such file, no permission: the error names the file itself
             raise
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
-        reason = "".join(c if c.isprintable() else repr(c)[1:-1] for c in reason)
+        reason = printable(" ".join(str(e).split())[:200]) or type(e).__name__
         raise ValueError(f"{path}: not a readable {kind} ({reason})") from None
+
+
+def printable(text):
+    """`text` with line breaks, terminal escapes and bytes that are not UTF-8 escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def load_file(path):
@@ -544,7 +551,7 @@ def load_state(path, ema=True):
             config = config_from_shapes(state)
             if config.refs == 1:  # the released 1-step files hold a projection that 1-step AR never uses
                 state = {k: v for k, v in state.items() if not k.startswith("ar.reference_proj.")}
-        info = {k: ckpt[k] for k in ("step", "classes", "vae", "vae_digest") if k in ckpt}
+        info = {k: ckpt[k] for k in ("step", "classes", "vae_digest") if k in ckpt}
     return config, state, info
 
 
@@ -552,7 +559,7 @@ def load_checkpoint(path, device="cpu", ema=True):
     """TransDiff of a checkpoint, ours (last.pt, ema.pt) or the release's: float32, eval mode, gradients off.
 
     ema   take the EMA weights where the file has both
-    model.info has step, classes (names), vae (path) and vae_digest of our files. Raises ValueError if the file is not a
+    model.info has step, classes (names) and vae_digest of our files. Raises ValueError if the file is not a
     TransDiff model, OSError if it cannot be opened.
     """
     config, state, info = load_state(path, ema)

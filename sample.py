@@ -4,7 +4,8 @@ python sample.py --class 1 --refs 4                    the bundled model: trouse
 python sample.py --class trouser bag --show-chain      every image of the chain, one chain a row (Figure 2)
 python sample.py --pretrained B-mrar --class 207 360   the authors' weights, fetched once, at their published settings
 python sample.py --fuse trouser bag                    features of two classes in one image (Figures 1 and 5)
-python sample.py --features 32,64,128,256              the same noise, decoded from a part of the features (Figure 1)
+python sample.py --features 8 16 32 64                 the same noise, decoded from the first features alone (Figure 1)
+python sample.py --class bag --references a.png b.png  chains that start with images of yours
 torchrun --nproc_per_node 8 -- sample.py --num 50000 --ckpt CKPT --out samples.npz      balanced classes, for fid.py
 """
 
@@ -13,6 +14,7 @@ import datetime
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
-from vae import DEMO_MODEL, DEMO_VAE, RANK, WORLD, atomic_write, autocast, bounded, cast_weights, check_output_path
-from vae import class_index, fetch, latents_to_images, load_vae, pick_device, per_image_noise, pick_dtype, read_record
-from vae import run_main, save_grid, sha256_prefix
+from vae import DEMO_MODEL, DEMO_VAE, RANK, WORLD, atomic_write, autocast, bounded, cast_weights, center_crop
+from vae import (
+    check_output_path,
+    class_index,
+    fetch,
+    from_uint8,
+    latents_to_images,
+    load_vae,
+    lock_folder,
+    per_image_noise,
+)
+from vae import pick_device, pick_dtype, read_image, read_record, run_main, save_grid, sha256_prefix, shorten
 
 RELEASED = ("B", "L", "H", "B-mrar", "L-mrar", "H-mrar", "L-512")
 
@@ -33,28 +44,27 @@ def parse():
     add, count = parser.add_argument, bounded(int, 1)
     add("--class", nargs="+", dest="classes", metavar="CLASS", help="indices or names (default: ten; with --num, all)")
     add("--n", type=count, default=8, help="images of each class (default: 8)")
-    add("--num", type=count, help="images in all, the classes in turn; --out must end in .npz")
+    add("--num", type=count, help="images in all, the classes in turn, written to an .npz")
     add("--refs", type=count, help="images in the chain; the last is the result (default: the model's)")
     add("--show-chain", action="store_true", help="draw every image of each chain, one chain a row")
     add("--fuse", nargs=2, metavar=("A", "B"), help="columns A, B, and A's first half of features with B's second")
-
-    def counts(text):
-        return [count(k) for k in text.split(",")]
-
-    add("--features", type=counts, metavar="K,K,...", help="columns from the first K of 256 features, or that share")
-    add("--steps", type=count, help="network evaluations an image (default: 25 for XS, else 100)")
-    add("--cfg", type=bounded(float, 0), help="guidance scale, 1 = none (default: the published value of the model)")
+    add("--features", nargs="+", type=count, metavar="K", help="columns decoded from the first K features")
+    add("--references", nargs="+", metavar="IMAGE", help="images that start every chain, cropped as in training")
+    add("--steps", type=count, help="network evaluations an image (default: 8 for XS, else 100)")
+    cfg = "guidance scale, 1 = none; one, or one for each image (default: the published value of the model)"
+    add("--cfg", nargs="+", type=bounded(float, 0), help=cfg)
     add("--s1", type=bounded(float, 0), help="scale of the drift, Eq. 18 (default: the published value of the model)")
     add("--s2", type=bounded(float, 0), help="scale of the noise, Eq. 18 (default: the published value of the model)")
     samplers = ["euler-maruyama", "adams-bashforth"]
-    add("--sampler", choices=samplers, default=samplers[0], help="the paper's, or one without noise for few steps")
-    add("--fresh-noise", action="store_true", help="start each image of a chain from noise of its own")
+    add(
+        "--sampler", choices=samplers, help="the paper's (default), or one without noise for few steps (default for XS)"
+    )
     add("--seed", type=bounded(int, 0), default=0, help="image i is a function of the seed and i (default: 0)")
     add("--batch-size", type=count, default=64, help="images drawn at once (default: 64)")
-    add("--ckpt", help=f"model: a run's ema.pt or last.pt, or a released file (default: {DEMO_MODEL})")
-    add("--vae", help="VAE that made the model's latents (default: the one that the model names)")
+    add("--ckpt", help=f"model: a run's folder, ema.pt or last.pt, or a released file (default: {DEMO_MODEL.name})")
+    add("--vae", help="VAE that made the model's latents (default: vae.pt beside the model)")
     add("--pretrained", choices=RELEASED, help="the authors' weights and VAE, fetched once to torch's hub folder")
-    add("--out", default="runs/samples.png", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: %(default)s)")
+    add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.png, with --num .npz)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where the hardware has it)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with --num on CUDA)")
@@ -64,10 +74,13 @@ def parse():
 def check(args):
     """Refuse flags that contradict each other."""
     modes = [f"--{name.replace('_', '-')}" for name in ("num", "show_chain", "fuse", "features") if getattr(args, name)]
+    args.out = args.out or ("runs/samples.npz" if args.num else "runs/samples.png")
     if len(modes) > 1:
         raise ValueError(f"{modes[0]} and {modes[1]} ask for different results; give one")
     if args.fuse and args.classes:
         raise ValueError("--fuse names the classes; leave out --class")
+    if args.references and (args.fuse or args.features):
+        raise ValueError("--references: start chains that are drawn whole; leave out --fuse and --features")
     if args.pretrained and args.ckpt:
         raise ValueError("--ckpt and --pretrained both name a model; give one")
     if WORLD > 1 and set(modes) - {"--num"}:
@@ -77,6 +90,8 @@ def check(args):
         raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
     if WORLD != int(os.environ.get("LOCAL_WORLD_SIZE", WORLD)):
         raise ValueError("torchrun --nnodes: run each machine by itself, with its own --seed and --out")
+    if args.out.endswith(".npz") and Path(args.out).exists():
+        raise ValueError(f"--out {args.out}: is there already; remove it or give another")
     check_output_path("--out", args.out)
 
 
@@ -93,26 +108,44 @@ def load(args, device, dtype):
     if args.pretrained:
         args.ckpt, args.vae = fetch_released(args.pretrained), args.vae or fetch_released("vae")
     args.ckpt = Path(args.ckpt or DEMO_MODEL)
+    args.ckpt = args.ckpt / "ema.pt" if args.ckpt.is_dir() else args.ckpt
     model = load_checkpoint(args.ckpt, device)
-    vae = load_vae(args.vae or find_vae(model.info), device)
+    vae = load_vae(args.vae or find_vae(args.ckpt, model.info), device)
+    if vae.digest != model.info.get("vae_digest", vae.digest):
+        print(f"sample.py: warning: --vae {vae.path} is not the VAE of this model's latents", file=sys.stderr)
     if vae.z_channels != model.config.latent_channels:
         raise ValueError(f"--vae {vae.path}: has {vae.z_channels} channels, the model {model.config.latent_channels}")
     args.refs = args.refs or model.config.refs
+    if args.references and len(args.references) >= args.refs:
+        raise ValueError(f"--references: a chain of {args.refs} starts with at most {args.refs - 1} of them")
     if args.refs > model.config.refs:
         longer = "; finetune_mrar.py trains longer chains" * (model.config.refs == 1)
         raise ValueError(f"--refs {args.refs}: this model draws chains of 1 to {model.config.refs} images{longer}")
-    given = {k: getattr(args, k) for k in ("steps", "cfg", "s1", "s2", "sampler") if getattr(args, k) is not None}
-    args.sampling = sampling_settings(model.config) | given
+    given = {k: getattr(args, k) for k in ("steps", "s1", "s2", "sampler") if getattr(args, k) is not None}
+    args.sampling = dict(sampler="euler-maruyama") | sampling_settings(model.config) | given
+    if args.sampling["sampler"] == "adams-bashforth" and {"s1", "s2"} & set(given):
+        raise ValueError("--s1, --s2: this sampler has no noise to scale; add --sampler euler-maruyama")
+    published = args.sampling.pop("cfg")
+    cfg = args.cfg or (published if isinstance(published, list) else [published])
+    args.cfg = (cfg * args.refs if len(cfg) == 1 else cfg)[: args.refs]
+    if len(args.cfg) < args.refs:
+        raise ValueError(f"--cfg: give one number, or one for each of the {args.refs} images of a chain")
     return cast_weights(model, dtype), cast_weights(vae, dtype)
 
 
-def find_vae(info):
-    """Path of the VAE that made a model's latents: as the model names it, or the bundled one."""
-    for path in (Path(info.get("vae", "")), DEMO_VAE):
+def find_vae(ckpt, info):
+    """Path of the VAE that made a model's latents: beside the model, or the bundled one."""
+    for path in (ckpt.parent / "vae.pt", DEMO_VAE):
         if path.is_file() and sha256_prefix(path.read_bytes()) == info.get("vae_digest"):
             return path
-    named = info.get("vae", "not named")
-    raise ValueError(f"--vae: give the VAE of this model's latents; it was {named}, which is not there or has changed")
+    raise ValueError(f"--vae: give the VAE of this model's latents; {ckpt.parent}/vae.pt is not there or is another")
+
+
+def encode_references(vae, paths, config):
+    """Scaled latents [k, C, h, w] of image files, cropped as in training: the posterior means."""
+    images = np.stack([center_crop(read_image(path), vae.factor * config.latent_size) for path in paths])
+    mean, _ = vae.encode(from_uint8(images).to(next(vae.parameters()).device))
+    return mean.float() * vae.scale
 
 
 def choose_labels(args, model):
@@ -139,13 +172,17 @@ def draw_chains(model, vae, labels, args, device, batches=None):
 
     Batches are cut by index: what is in one depends on neither the number of processes nor what was drawn before.
     """
-    size = args.batch_size
+    size, references = args.batch_size, None
     batches = range(-(-len(labels) // size)) if batches is None else batches
-    count_evaluations(model, len(batches) * args.refs * args.sampling["steps"])
+    if args.references:
+        references = encode_references(vae, args.references, model.config).expand(size, -1, -1, -1, -1)
+    count_evaluations(model, len(batches) * (args.refs - len(args.references or [])) * args.sampling["steps"])
     for b in batches:
-        batch = torch.tensor(labels[b * size : (b + 1) * size], device=device)
-        randn = per_image_noise(args.seed, range(b * size, b * size + len(batch)), device)
-        chain = model.sample(batch, args.refs, noise_sampler=randn, fresh_noise=args.fresh_noise, **args.sampling)
+        batch = labels[b * size : (b + 1) * size]
+        n = len(batch)
+        y = torch.tensor(batch + batch[-1:] * (size - n), device=device)  # full: another size would compile anew
+        randn = per_image_noise(args.seed, range(b * size, (b + 1) * size), device)
+        chain = model.sample(y, args.refs, None, randn, references, cfg=args.cfg, **args.sampling)[:n]
         chain = chain if args.show_chain else chain[:, -1:]
         images = latents_to_images(vae, chain.flatten(0, 1))
         yield b, images.reshape(*chain.shape[:2], *images.shape[1:])
@@ -157,8 +194,10 @@ def write_npz(model, vae, labels, args, device):
     Each batch is a file in OUT.partial, drawn by rank b % WORLD_SIZE; a killed run resumes where it stopped.
     """
     partial, num_batches = Path(f"{args.out}.partial"), -(-len(labels) // args.batch_size)
-    settings = {k: vars(args)[k] for k in ("fresh_noise", "seed", "batch_size", "refs", "dtype")}
+    lock = lock_folder(partial) if RANK == 0 else None
+    settings = {k: vars(args)[k] for k in ("seed", "batch_size", "refs", "cfg", "dtype")}
     settings |= dict(args.sampling, labels=labels, vae=vae.digest)
+    settings["references"] = [sha256_prefix(Path(path).read_bytes()) for path in args.references or []]
     settings["model"] = [args.ckpt.stat().st_size, args.ckpt.stat().st_mtime_ns]
     read_record(partial / "run.json", settings)
     if RANK == 0:
@@ -175,6 +214,7 @@ def write_npz(model, vae, labels, args, device):
         for b, file in enumerate(files):
             images[b * size : (b + 1) * size] = np.load(file)
         atomic_write(args.out, lambda f: np.savez(f, arr_0=images, arr_1=np.array(labels, np.int64)))
+        lock.close()
         shutil.rmtree(partial)
 
 
@@ -188,28 +228,35 @@ def decode_conditions(model, vae, labels, parts, args, device):
     count_evaluations(model, (len(labels) * (args.refs - 1) + len(parts)) * args.sampling["steps"])
     for y in labels:
         y, randn = torch.tensor(y, device=device), per_image_noise(args.seed, range(N), device)
-        chain = model.sample(y, args.refs - 1, noise_sampler=randn, **args.sampling) if args.refs > 1 else None
-        conditions.append(model.encode_guided(y, chain, args.sampling["cfg"]))
+        chain = model.sample(y, args.refs - 1, None, randn, cfg=args.cfg, **args.sampling) if args.refs > 1 else None
+        conditions.append(model.encode_guided(y, chain, args.cfg[-1]))
     for part in parts:
         randn = per_image_noise(args.seed, range(N), device)
         noise = randn(torch.empty(N, *model.config.latent_shape))
-        x = model.decode(part(conditions), noise, noise_sampler=randn, **args.sampling)
+        x = model.decode(part(conditions), noise, cfg=args.cfg[-1], noise_sampler=randn, **args.sampling)
         images.append(latents_to_images(vae, x))
     return np.stack(images, axis=1)
 
 
-def draw_parts(model, vae, labels, args, device):
-    """Images of --fuse or --features: [N, columns, H, W, 3]."""
-    tokens = model.config.tokens_per_image * args.refs  # from which the last image is decoded
+def draw_picture(model, vae, labels, names, args, device):
+    """Draw the images and write them as one PNG with the names of its rows and columns."""
+    tokens, each = model.config.tokens_per_image * args.refs, np.repeat(names, args.n)
     if args.fuse:
         half, (a, b) = tokens // 2, (labels[: args.n], labels[args.n :])
         fused = lambda c: torch.cat([c[0][:, :half], c[1][:, half:]], dim=1)  # noqa: E731
-        return decode_conditions(model, vae, [a, b], [lambda c: c[0], lambda c: c[1], fused], args, device)
-    counts = [k * tokens // 256 for k in args.features]
-    if not all(1 <= k <= tokens for k in counts):
-        raise ValueError(f"--features: each must be from {-(-256 // tokens)} to 256, which stands for all {tokens}")
-    print(f"columns: the first {', '.join(map(str, counts))} of {tokens} features")
-    return decode_conditions(model, vae, [labels], [lambda c, k=k: c[0][:, :k] for k in counts], args, device)
+        images = decode_conditions(model, vae, [a, b], [lambda c: c[0], lambda c: c[1], fused], args, device)
+        rows, heads = (), [*names, "fused"]
+    elif args.features:
+        if max(args.features) > tokens:
+            raise ValueError(f"--features: the last image is decoded from {tokens}; give numbers up to that")
+        parts = [lambda c, k=k: c[0][:, :k] for k in args.features]
+        images = decode_conditions(model, vae, [labels], parts, args, device)
+        rows, heads = each, [f"first {k}" for k in args.features]
+    else:
+        images = np.concatenate([chains for _, chains in draw_chains(model, vae, labels, args, device)])
+        rows, heads = (each, [f"image {k}" for k in range(args.refs)]) if args.show_chain else (names, ())
+    columns = images.shape[1] if len(heads) else args.n
+    save_grid(images.reshape(-1, *images.shape[2:]), args.out, columns, rows, heads)
 
 
 def main():
@@ -222,24 +269,17 @@ def main():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     model, vae = load(args, device, dtype)
     labels, names = choose_labels(args, model)
+    args.batch_size = min(args.batch_size, len(labels))
     if args.compile or args.compile is None and args.num and device.type == "cuda":
-        # CUDA graphs copy the keys and values of c at every step: they pay for small batches alone
-        small = min(args.batch_size, len(labels)) <= 8
-        model.decoder = torch.compile(model.decoder, mode="reduce-overhead" if small else "default")
+        model.decoder, vae.decoder = torch.compile(model.decoder), torch.compile(vae.decoder)
     with torch.inference_mode(), autocast(device, dtype):
         if args.out.endswith(".npz"):
             write_npz(model, vae, labels, args, device)
         else:
-            if args.fuse or args.features:
-                images = draw_parts(model, vae, labels, args, device)
-            else:
-                images = np.concatenate([chains for _, chains in draw_chains(model, vae, labels, args, device)])
-            rows = args.fuse or args.features or args.show_chain
-            save_grid(images.reshape(-1, *images.shape[2:]), args.out, columns=images.shape[1] if rows else args.n)
+            draw_picture(model, vae, labels, names, args, device)
     if RANK == 0:
-        shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
-        settings = ", ".join(f"{k} {v}" for k, v in {"refs": args.refs, **args.sampling}.items())
-        print(f"wrote {args.out} ({shown}; {settings})")
+        settings = ", ".join(f"{k} {v}" for k, v in {"refs": args.refs, "cfg": args.cfg, **args.sampling}.items())
+        print(f"wrote {args.out} ({shorten(names)}; {settings})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage 1: train TransDiff, 1-step AR, on a latent cache (Section 3.2.1; recipe of Appendix B).
 
     python train.py                                       the XS demo on the bundled images, minutes on a CPU
-    torchrun --nproc_per_node 8 train.py --size B --data LATENTS --accumulate 8    the paper's recipe on ImageNet
+    torchrun --nproc_per_node 8 train.py --size B --data LATENTS    the paper's recipe on ImageNet
 
 A run writes OUT/last.pt (all that --resume needs), OUT/ema.pt (EMA weights in float16, for sample.py), OUT/log.csv with
 its curve loss.png, and pictures of samples. finetune_mrar.py, stage 2, runs this same loop on chains of images.
@@ -11,7 +11,6 @@ import argparse
 import copy
 import dataclasses
 import datetime
-import functools
 import math
 import signal
 import sys
@@ -23,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import SIZES, TransDiff, load_file, load_state, t_from_normal
@@ -33,9 +31,10 @@ from vae import plot, run_main, sample_posterior, save_grid, sha256_prefix
 
 # Defaults of the flags of the same names. Epochs, lr, batch size, weight decay: Appendix B; the rest: the release.
 # warmup is a fraction of the run: 1/8 of 800 epochs is the release's 100.
-COMMON = dict(weight_decay=0.02, clip=3.0, t="logit-normal", seed=0, accumulate=1, log_every=50, workers=0)
+COMMON = dict(weight_decay=0.02, clip=3.0, t="logit-normal", seed=0, holdout=0.0, log_every=50, workers=0)
 PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
 DEMO = dict(warmup=1 / 16, cooldown=1 / 2, batch_mul=1, ema=0.998, sample_every=500, save_every=500)
+LOADER_TIMEOUT = 600  # seconds that a batch may take to read: a worker that hangs is an error
 RECIPES = {
     "1-step": dict(PAPER, epochs=800, lr=8e-4, warmup=1 / 8, batch_mul=4),
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, batch_mul=2),
@@ -43,22 +42,29 @@ RECIPES = {
     "XS 1-step": dict(DEMO, steps=1600, lr=2e-3, batch_size=64),
     "XS MRAR": dict(DEMO, steps=500, lr=1e-3, batch_size=16),
 }
+MICRO_BATCH = {"XS": 8192, "B": 32, "L": 16, "H": 4}  # chains at once on a GPU of 80 GB, estimated: tests/README.md
+
+
+def holdout_mask(n, share):
+    """bool [n], True = never trained on: a function of the index alone, so that every stage and every run agree."""
+    return np.random.default_rng(0).random(n) < share
 
 
 class Chains(torch.utils.data.Dataset):
     """Item s is the batch of step s, chains of `refs` images of a class: moments [b, refs, 2 C, h, w] and labels [b].
 
-    An epoch uses every image at most once: images and chains are shuffled anew, and the images of a class that do not
-    fill a chain are left out. Step s takes chains [s B, (s + 1) B) of the epochs
-    in a row, and this rank an equal part of them. All is a function of (seed, epoch or step): any step can be resumed.
+    An epoch uses each of `images` (indices, default: all) at most once: images and chains are shuffled anew, and the
+    images of a class that do not fill a chain are left out. Step s takes chains [s B, (s + 1) B) of the epochs in a
+    row, and this rank an equal part of them. All is a function of (seed, epoch or step): any step can be resumed.
     """
 
-    def __init__(self, cache, refs, batch_size, seed, rank=0, world=1):
+    def __init__(self, cache, refs, batch_size, seed, rank=0, world=1, images=None):
         self.cache, self.refs, self.batch_size = cache, refs, batch_size
         self.seed, self.rank, self.world = seed, rank, world
-        counts = np.bincount(cache.labels, minlength=len(cache.classes))
+        self.images = np.arange(len(cache)) if images is None else images
+        counts = np.bincount(cache.labels[self.images], minlength=len(cache.classes))
         too_small = [name for name, n in zip(cache.classes, counts) if n < refs]
-        if too_small and refs > 1:
+        if too_small and refs > 1 or not counts.any():
             names = ", ".join(too_small[:10]) + " ..." * (len(too_small) > 10)
             raise ValueError(f"--refs {refs}: {len(too_small)} classes have fewer than {refs} images: {names}")
         self.chains_per_epoch = int((counts // refs).sum())
@@ -68,15 +74,14 @@ class Chains(torch.utils.data.Dataset):
         """Image indices [chains, refs] of one epoch."""
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, epoch))
-            indices = rng.permutation(len(self.cache))
-            if self.refs > 1:
-                indices = indices[np.argsort(self.cache.labels[indices], kind="stable")]  # by class, shuffled within it
-                labels = self.cache.labels[indices]
-                position = np.arange(len(indices)) - np.searchsorted(labels, labels)  # within the class
-                class_size = np.bincount(labels)[labels]
-                indices = indices[position < class_size // self.refs * self.refs]
-                indices = rng.permutation(indices.reshape(-1, self.refs))
-            self.epoch, self.order = epoch, indices.reshape(-1, self.refs)
+            indices = rng.permutation(self.images)
+            indices = indices[np.argsort(self.cache.labels[indices], kind="stable")]  # by class, shuffled within it
+            labels = self.cache.labels[indices]
+            position = np.arange(len(indices)) - np.searchsorted(labels, labels)  # within the class
+            class_size = np.bincount(labels)[labels]
+            indices = indices[position < class_size // self.refs * self.refs]
+            indices = rng.permutation(indices.reshape(-1, self.refs))
+            self.epoch, self.order = epoch, indices
         return self.order
 
     def indices(self, step):
@@ -94,20 +99,24 @@ class Chains(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------------------------------------- one step
-def draw_noise(config, batch_mul, t_distribution, seeds, device):
-    """The random numbers of each chain, a function of the chain's seed alone: it does not matter how a batch is split.
+def loss_inputs(moments, labels, seeds, cache, config, args):
+    """Arguments of TransDiff.loss. The random numbers of a chain are a function of its seed alone: it does not matter
+    how a batch is split over processes and micro-batches.
 
-    Returns drop bool [b], t [b, M], noise [b, M, C, h, w], M = refs batch_mul, posterior_noise [b, refs, C, h, w].
+    moments [b, refs, 2 C, h, w], labels [b], seeds: b integers
+    Returns latents [b, refs, C, h, w], labels, t [b, M], noise [b, M, C, h, w], batch_mul, drop bool [b]; M = refs
+    batch_mul.
     """
-    shape, M = config.latent_shape, config.refs * batch_mul
+    shape, M = config.latent_shape, config.refs * args.batch_mul
     parts = [1, M, M * math.prod(shape), config.refs * math.prod(shape)]
-    normal, generator = torch.empty(len(seeds), sum(parts), device=device), torch.Generator(device)
+    normal, generator = torch.empty(len(seeds), sum(parts), device=labels.device), torch.Generator(labels.device)
     for row, seed in zip(normal, seeds):
         row.normal_(generator=generator.manual_seed(seed))
     drop, t, noise, posterior_noise = normal.split(parts, dim=1)
+    latents = sample_posterior(*moments.float().chunk(2, dim=-3), posterior_noise.unflatten(1, (config.refs, *shape)))
     drop = torch.special.ndtr(drop[:, 0]) < config.label_drop_prob
-    t = t_from_normal(t, t_distribution)
-    return drop, t, noise.unflatten(1, (M, *shape)), posterior_noise.unflatten(1, (config.refs, *shape))
+    noise = noise.unflatten(1, (M, *shape))
+    return latents * cache.scale, labels, t_from_normal(t, args.t), noise, args.batch_mul, drop
 
 
 def learning_rate(step, args):
@@ -137,13 +146,17 @@ def train(args):
     args = resolve_flags(args, last, device)
     cache = open_cache(args, device)
     model, ema, optimizer, config = build(args, cache, last, device)
-    chains = Chains(cache, config.refs, args.batch_size, args.seed, RANK, WORLD)
+    held_out = holdout_mask(len(cache), args.holdout)
+    images = np.flatnonzero(~held_out)
+    chains = Chains(cache, config.refs, args.batch_size, args.seed, RANK, WORLD, images)
     args.steps = args.steps or math.ceil(args.epochs * chains.chains_per_epoch / args.batch_size)
+    refuse_unequal_ranks(args, cache)
     run = Run(args, chains, model, ema, optimizer, last, device)
     del last  # four times the size of the model
     if run.step >= args.steps:
         return run.finish(f"complete at step {run.step}, nothing to do")
     options = dict(num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+    options |= dict(timeout=LOADER_TIMEOUT * (args.workers > 0))
     batches = torch.utils.data.DataLoader(chains, batch_size=None, sampler=range(run.step, args.steps), **options)
     forward = parallelize(model, args, device)
     local_batch = args.batch_size // WORLD
@@ -153,26 +166,22 @@ def train(args):
         torch.manual_seed(derive_seed(args.seed, step, 1 + RANK))  # seeds dropout: a resumed run draws the same masks
         moments, labels = (x.to(device, non_blocking=True) for x in batch)
         first = derive_seed(args.seed, step) + RANK * local_batch
-        seeds = range(first, first + local_batch)
-        drop, t, noise, posterior_noise = draw_noise(config, args.batch_mul, args.t, seeds, device)
-        latents = sample_posterior(*moments.float().chunk(2, dim=-3), posterior_noise) * cache.scale
-
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=device)
         for i in range(0, local_batch, micro_batch):
             forward.require_backward_grad_sync = i + micro_batch == local_batch  # DDP: all-reduce once a step
-            part = slice(i, i + micro_batch)
+            part, seeds = slice(i, i + micro_batch), range(first + i, first + i + micro_batch)
             with autocast(device, run.dtype):
-                loss = forward(latents[part], labels[part], t[part], noise[part], args.batch_mul, drop[part])
+                loss = forward(*loss_inputs(moments[part], labels[part], seeds, cache, config, args))
             (loss / args.accumulate).backward()
             loss_sum += loss.detach() / args.accumulate
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         run.check_finite(grad_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        # EMA warm-up; the release's decay is constant
+        optimizer.zero_grad(set_to_none=WORLD == 1)  # DDP's gradients are views of its buckets: None costs a copy
+        # EMA warm-up, anew in each stage; the release's decay is constant
         update_ema(ema, model, min(args.ema, (1 + step) / (10 + step)))
         run.after_step(loss_sum, grad_norm, lr)
     run.finish(f"complete at step {run.step}")
@@ -188,7 +197,10 @@ def setup(args):
     device = pick_device(args.device)
     if WORLD > 1:  # timeout of a day: ranks wait while rank 0 encodes images
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=device_id)
+    # cuDNN's attention, which 2.11 prefers on H100, may round the dropout rate and give NaN gradients under a mask
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
     last = load_file(path) if args.resume else None
     if args.resume and not (isinstance(last, dict) and {"args", "config", "log", "optimizer"} <= last.keys()):
@@ -206,11 +218,16 @@ def resolve_flags(args, last, device):
     only_decoder = given.get("only_decoder", before.get("only_decoder", False))
     if "epochs" in given:
         before = dict(before, steps=None)
+    start = load_file(args.init) if args.init and not last else None
+    if isinstance(start, dict) and {"args", "config"} <= start.keys():  # a last.pt: continue on its data
+        before = {"data": start["args"]["data"]}
     paper = "512 px" if only_decoder else "MRAR" if refs > 1 else "1-step"
     recipe = COMMON | RECIPES[paper if size != "XS" else "XS MRAR" if refs > 1 else "XS 1-step"]
     recipe |= dict(data=str(DEMO_DATA) if size == "XS" else "latents", compile=device.type == "cuda")
     resolved = dict(size=size, refs=refs, only_decoder=only_decoder)
     args = argparse.Namespace(**(vars(args) | recipe | before | given | resolved))
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    args.accumulate = args.accumulate or fit_accumulate(args.batch_size // WORLD, MICRO_BATCH[size] * memory / 80e9)
     parts = WORLD * args.accumulate
     if args.batch_size % parts:
         multiple = -(-args.batch_size // parts) * parts
@@ -221,8 +238,16 @@ def resolve_flags(args, last, device):
     return args
 
 
+def fit_accumulate(local_batch, fits):
+    """The fewest micro-batches, a power of two, of at most `fits` of the `local_batch` chains each."""
+    accumulate = 1
+    while local_batch > fits * accumulate and local_batch % (2 * accumulate) == 0:
+        accumulate *= 2
+    return accumulate
+
+
 def open_cache(args, device):
-    """The cache at --data; images are encoded first, into a cache whose name is derived from them and the VAE."""
+    """The cache at --data; images are encoded first, into a cache beside OUT, named after them and the VAE."""
     path = Path(args.data)
     if path.suffix == ".npz" or path.is_dir() and not any(path.glob("moments.*")):
         if not (args.vae or args.data == str(DEMO_DATA)):
@@ -230,14 +255,15 @@ def open_cache(args, device):
         vae = load_vae(args.vae or DEMO_VAE, device)
         images = Images(path, args.image_size or vae.image_size)
         cache_id = sha256_prefix((images.digest + vae.digest).encode())
-        path = Path("runs", f"latents-{path.stem}-{images.shape[0]}-{cache_id}")
+        path = Path(args.out).parent / f"latents-{path.stem}-{images.shape[0]}-{cache_id}"
         if RANK == 0 and not path.exists():
             encode_images(images, vae, path, device=device)
         if WORLD > 1:
             dist.barrier()
     cache = LatentCache(path)
+    args.data = str(path)  # recorded: stage 2 and --resume need not encode again
     if args.vae and sha256_prefix(Path(args.vae).read_bytes()) != cache.vae_digest:
-        raise ValueError(f"--vae {args.vae}: not the VAE of the latents in {path}, {cache.vae}; leave the flag out")
+        raise ValueError(f"--vae {args.vae}: not the VAE of the latents in {path}; leave the flag out")
     if args.image_size and args.image_size != cache.image_size:
         raise ValueError(f"--image-size {args.image_size}: the latents in {path} are of {cache.image_size} px images")
     return cache
@@ -259,8 +285,6 @@ def build(args, cache, last, device):
         p.requires_grad_(name.startswith("decoder.") or not args.only_decoder)
     model.to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    if args.grad_checkpointing:
-        checkpoint_blocks(model)
     optimizer = make_optimizer(model, args)
     if last:
         ema.load_state_dict(last["model_ema"])
@@ -271,17 +295,26 @@ def build(args, cache, last, device):
 def refuse_another_run(args, config, cache, last):
     """Refuse to resume a run of another model, other data or other flags."""
     here = dataclasses.asdict(config) | cache.info
-    here |= {k: vars(args)[k] for k in ("seed", "batch_size", "weight_decay")}
+    here |= {k: vars(args)[k] for k in ("seed", "batch_size", "weight_decay", "holdout")}
     there = last["args"] | last | last["config"]
-    different = [f"{k} {there.get(k)} there, {v} here" for k, v in here.items() if k != "vae" and there.get(k) != v]
+    different = [f"{k} {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]
     if different:
         raise ValueError(f"{args.out}/last.pt is of another run: {', '.join(different)}")
 
 
-def checkpoint_blocks(model):
-    """Recompute activations in the backward pass instead of keeping them (gradient checkpointing)."""
-    for block in [*model.ar.blocks, *model.decoder.blocks]:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+def refuse_unequal_ranks(args, cache):
+    """Refuse a launch whose ranks, perhaps on several machines, do not train the same model on the same data."""
+    if WORLD > 1:
+        own = ("out", "data", "vae", "init", "device", "workers", "accumulate", "compile")  # may differ
+        ours = {k: v for k, v in vars(args).items() if k not in own}
+        ranks = [None] * WORLD
+        dist.all_gather_object(ranks, ours | cache.info | dict(torch=torch.__version__))
+        for rank, theirs in enumerate(ranks):
+            different = [
+                f"{k} {ranks[0][k]} on rank 0, {v} on rank {rank}" for k, v in theirs.items() if v != ranks[0][k]
+            ]
+            if different:
+                raise ValueError(f"torchrun: the ranks differ: {'; '.join(different)}")
 
 
 @torch.no_grad()
@@ -294,7 +327,7 @@ def warm_start(model, path, cache=None):
     old, state, info = load_state(path)
     new, own, fresh = model.config, model.state_dict(), set()
     if cache and info.get("vae_digest", cache.vae_digest) != cache.vae_digest:
-        raise ValueError(f"--init {path}: trained on latents of another VAE ({info['vae']}) than {cache.path}")
+        raise ValueError(f"--init {path}: trained on latents of another VAE than {cache.path}")
     log = print if RANK == 0 else lambda line: None
     if old.refs == 1 and new.refs > 1:
         state["ar.mask_tokens"] = state["ar.mask_tokens"].expand(-1, new.tokens_per_image, -1)
@@ -342,6 +375,8 @@ class Run:
         self.model, self.ema, self.optimizer = model, ema, optimizer
         self.device, self.dtype = device, pick_dtype(args.dtype, device)
         args.dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"  # recorded: a resumed run keeps it
+        held_out = np.flatnonzero(holdout_mask(len(self.cache), args.holdout))
+        self.held_out = Chains(self.cache, args.refs, 64, seed=0, images=held_out) if args.holdout else None
         self.out, self.name = Path(args.out), args.size + "-mrar" * (args.refs > 1)
         self.step, self.rows = (last["step"], last["log"]) if last else (0, [])
         self.steps_per_epoch = chains.chains_per_epoch / args.batch_size
@@ -352,10 +387,13 @@ class Run:
         # a CPU group for stop flags, so that asking does not wait for the GPU
         self.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)) if WORLD > 1 else None
         if RANK == 0:
+            if not (self.out / "vae.pt").exists():  # a run's folder is complete: it can be moved
+                atomic_write(self.out / "vae.pt", (self.cache.path / "vae.pt").read_bytes())
             count = sum(p.numel() for p in model.parameters())
             print(f"TransDiff-{self.name}: {count:,} parameters on {WORLD} x {device.type} in {args.dtype}")
             print(f"{len(self.cache):,} images of {len(self.cache.classes)} classes, chains of {args.refs}")
             print(f"{args.steps} steps of {args.batch_size} chains: {args.steps / self.steps_per_epoch:.1f} epochs")
+            print(f"{args.accumulate} micro-batches a step of {args.batch_size // WORLD // args.accumulate} chains")
             print(f"resuming from {self.out}/last.pt at step {self.step}" if self.step else f"writing to {self.out}")
         self.bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=RANK > 0, desc=self.name)
 
@@ -363,9 +401,8 @@ class Run:
         """Refuse a loss or gradient that is not finite, before the optimiser touches the weights."""
         if not math.isfinite(grad_norm):
             self.bar.close()
-            images = self.chains.indices(self.step).ravel().tolist()
-            shown = ", ".join(map(str, images[:16])) + " ..." * (len(images) > 16)
-            what = f"the loss or gradient of step {self.step + 1} is not finite; images of this process: {shown}"
+            images = self.chains.indices(self.step).ravel()[:16].tolist()
+            what = f"the loss or gradient of step {self.step + 1} is not finite; its first images: {images}"
             raise ValueError(f"{what} of {self.cache.path}; try --resume with a smaller --lr")
 
     def after_step(self, loss, grad_norm, lr):
@@ -379,7 +416,7 @@ class Run:
         save = done or stop or keep or self.step % args.save_every == 0
         sample = args.sample_every and (done or self.step % args.sample_every == 0)
         if save or sample or self.step % args.log_every == 0:
-            self.log(grad_norm, lr)
+            self.log(grad_norm, lr, self.held_out and sample)
         paused = time.time()
         if save and RANK == 0:
             self.save(keep)
@@ -390,21 +427,33 @@ class Run:
             self.finish(f"stopped at step {self.step}, --resume continues")
             sys.exit(128 + (self.signal[0] if self.signal else signal.SIGTERM))
 
-    def log(self, grad_norm, lr):
-        """Add a row to log.csv: means since the last one."""
+    def log(self, grad_norm, lr, holdout):
+        """Add a row to log.csv: means since the last one; with `holdout` the loss on held-out images too."""
         loss = self.loss_sum / self.steps_since_log
         if WORLD > 1:
             dist.all_reduce(loss)
             loss /= WORLD
         rate = self.steps_since_log * self.args.batch_size * self.args.refs / (time.time() - self.started)
-        self.rows.append([self.step, self.step / self.steps_per_epoch, loss.item(), grad_norm.item(), lr, rate])
+        row = [self.step, self.step / self.steps_per_epoch, loss.item(), grad_norm.item(), lr, rate]
         if RANK == 0:
-            lines = ["{},{:.3f},{:.5f},{:.4f},{:.3e},{:.1f}\n".format(*row) for row in self.rows]
-            head = "step,epoch,loss,grad_norm,lr,images_per_second\n"
-            atomic_write(self.out / "log.csv", (head + "".join(lines)).encode())
+            self.rows.append(row + [self.holdout_loss() if holdout else math.nan])
+            lines = ["{},{:.3f},{:.5f},{:.4f},{:.3e},{:.1f},{:.5f}\n".format(*row) for row in self.rows]
+            head = "step,epoch,loss,grad_norm,lr,images_per_second,holdout_loss\n"
+            atomic_write(self.out / "log.csv", (head + "".join(lines)).replace("nan", "").encode())
         self.bar.set_postfix(loss=f"{loss.item():.4f}", images=f"{rate:.0f}/s")
         self.steps_since_log, self.started = 0, time.time()
         self.loss_sum.zero_()
+
+    @torch.no_grad()
+    def holdout_loss(self):
+        """Loss of the EMA weights on up to 1,024 held-out chains, with the same t and noise at every call."""
+        losses = []
+        for s in range(min(16, math.ceil(self.held_out.chains_per_epoch / 64))):
+            moments, labels = (x.to(self.device) for x in self.held_out[s])
+            inputs = loss_inputs(moments, labels, range(64 * s, 64 * s + 64), self.cache, self.model.config, self.args)
+            with autocast(self.device, self.dtype):
+                losses.append(self.ema(*inputs[:-1]).item())
+        return sum(losses) / len(losses)
 
     def save(self, keep):
         """Write ema.pt, last.pt, loss.png and, to keep, ema-STEP.pt."""
@@ -416,21 +465,21 @@ class Run:
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
         state |= dict(model_ema=self.ema.state_dict(), args=flags, log=self.rows)
         atomic_write(self.out / "last.pt", lambda f: torch.save(dict(info, **state), f))
-        steps, _, losses, *_ = zip(*self.rows)
-        plot({"training loss": (steps, losses)}, self.out / "loss.png", "step")
+        steps, _, losses, *_, holdout = np.array(self.rows).T
+        curves, measured = {"training loss": (steps, losses)}, np.isfinite(holdout)
+        if measured.any():
+            curves["held-out loss"] = steps[measured], holdout[measured]
+        plot(curves, self.out / "loss.png", "step")
 
     def draw_samples(self):
         """Draw four images of each of the first ten classes with the EMA weights."""
-        labels = torch.arange(min(10, len(self.cache.classes)), device=self.device).repeat_interleave(4)
+        names = self.cache.classes[:10]
+        labels = torch.arange(len(names), device=self.device).repeat_interleave(4)
         randn = per_image_noise(self.args.seed, range(len(labels)), self.device)
-        path = self.out / f"samples-{self.step:07d}.png"
-        try:
-            vae = load_vae(self.cache.vae, self.device)
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                images = latents_to_images(vae, self.ema.sample(labels, noise_sampler=randn)[:, -1])
-        except (OSError, ValueError) as e:  # training does not need the VAE
-            return tqdm.write(f"no picture of samples: {e}")
-        save_grid(images, path, columns=4)
+        vae, path = load_vae(self.out / "vae.pt", self.device), self.out / f"samples-{self.step:07d}.png"
+        with torch.inference_mode(), autocast(self.device, self.dtype):
+            images = latents_to_images(vae, self.ema.sample(labels, noise_sampler=randn)[:, -1])
+        save_grid(images, path, columns=4, rows=names)
         tqdm.write(f"wrote {path}")
 
     def on_signal(self, signum, frame):
@@ -473,7 +522,7 @@ def make_parser(doc, out, recipes):
     length.add_argument("--steps", type=count, help="length of the run in optimiser steps")
     length.add_argument("--epochs", type=count, help="length of the run in passes over the images")
     add("--batch-size", type=count, help="chains (1-step: images) a step, over all processes")
-    add("--accumulate", type=count, help="micro-batches a step on each process, to save memory")
+    add("--accumulate", type=count, help="micro-batches a step on each process (default: what a GPU's memory needs)")
     add("--batch-mul", type=count, help="draws of (t, noise) an image")
     add("--lr", type=bounded(float, 0), help="peak learning rate; scale it with the batch size")
     add("--warmup", type=fraction, help="first part of the run, over which the learning rate rises, 0 to 1")
@@ -483,6 +532,7 @@ def make_parser(doc, out, recipes):
     add("--ema", type=fraction, help="decay per step of the EMA weights, 0 to 1")
     add("--t", choices=["logit-normal", "uniform"], help="distribution of t: the release's, or Eq. 5's")
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw")
+    add("--holdout", type=fraction, help="part of the images never trained on; their loss is in log.csv, 0 to 1")
     add("--save-every", type=count, help="steps between checkpoints")
     add("--keep-every", type=count, help="steps between EMA checkpoints to keep, as OUT/ema-STEP.pt (default: none)")
     add("--sample-every", type=bounded(int, 0), help="steps between pictures, and one at the end; 0 for none")
@@ -490,9 +540,7 @@ def make_parser(doc, out, recipes):
     add("--workers", type=bounded(int, 0), help="processes that read latents; 2 or more keep a GPU busy")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where the hardware has it)")
-    boolean = argparse.BooleanOptionalAction
-    add("--grad-checkpointing", action=boolean, help="recompute activations: less memory, a third slower")
-    add("--compile", action=boolean, help="torch.compile (default: on CUDA)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
 
 

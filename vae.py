@@ -11,17 +11,17 @@ The last section is shared by all scripts: writing files, arguments, devices, er
 """
 
 import argparse
-import difflib
 import errno
 import hashlib
 import http.client
 import json
 import math
 import os
-import struct
+import shutil
+import signal
 import sys
 import time
-import urllib.request
+import unicodedata
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -34,9 +34,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from model import attention, load_file, readable
+from model import attention, load_file, printable, readable
 
-DEMO = Path(os.path.relpath(Path(__file__).parent / "demo"))  # relative, since caches and checkpoints record it
+DEMO = Path(__file__).parent / "demo"
 DEMO_DATA, DEMO_VAE, DEMO_MODEL = DEMO / "fashion_mnist_10k.npz", DEMO / "vae.pt", DEMO / "mrar.pt"
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 RELEASED_SCALE = 0.2325  # 1 / standard deviation of the released VAE's latents on ImageNet; not in its file
@@ -227,11 +227,15 @@ def center_crop(image, size):
 
 def image_files(root):
     """Paths of the images under a folder, at any depth, sorted; hidden files and folders are left out."""
+
+    def refuse(error):  # os.walk would leave out a folder that it cannot read
+        raise error
+
     paths = []
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [d for d in folders if not d.startswith(".")]
         names = [f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
-        paths += [os.path.join(folder, f) for f in names]
+        paths += [path for path in (os.path.join(folder, f) for f in names) if os.path.isfile(path)]  # no pipe
     return sorted(paths, key=os.fsencode)
 
 
@@ -249,13 +253,17 @@ def read_folder(root, labelled):
     if not names:
         raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>")
     labels = np.repeat(np.arange(len(names)), [len(files) for files in paths])
-    return np.array([os.fsencode(os.path.relpath(p, root)) for files in paths for p in files]), labels, names
+    return (
+        np.array([os.fsencode(os.path.relpath(p, root)) for files in paths for p in files]),
+        labels,
+        [printable(n) for n in names],
+    )
 
 
 def read_npz(path, labelled):
     """(images uint8 [N, H, W, 1 or 3], labels [N], names) of an .npz: images or arr_0, labels or arr_1, classes."""
     with readable(path, ".npz of images"), np.load(path, allow_pickle=False) as data:
-        images = map_array(path, "images" if "images" in data else "arr_0")
+        images = data["images" if "images" in data else "arr_0"]
         images = images[..., None] if images.ndim == 3 else images
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or images.size == 0:
             raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]")
@@ -267,21 +275,6 @@ def read_npz(path, labelled):
             expected = f"integers from 0 to {len(names) - 1}, one for each of {len(images)} images"
             raise ValueError(f"labels are {labels.dtype} {labels.shape}, expected {expected}")
     return images, labels.astype(np.int64), [str(name) for name in names]
-
-
-def map_array(path, name):
-    """Array of an .npz: memory-mapped if it is stored uncompressed, so that it is never held whole, else read."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        info = archive.getinfo(f"{name}.npy")
-        if info.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(member) != (1, 0):
-            return np.lib.format.read_array(archive.open(info), allow_pickle=False)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-        if dtype.hasobject or fortran:
-            raise ValueError(f"{name} is not an array of numbers in C order")
-        with open(path, "rb") as f:  # the local header of 30 bytes ends with the lengths of the two fields after it
-            f.seek(info.header_offset + 26)
-            start = info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4)))
-        return np.memmap(path, dtype, "r", start + member.tell(), shape)
 
 
 class Images(torch.utils.data.Dataset):
@@ -298,7 +291,7 @@ class Images(torch.utils.data.Dataset):
         self.path, self.crop, self.errors_as_items = Path(path), size is not None, False
         self.folder = self.path.is_dir()
         if not self.folder and not (self.path.suffix == ".npz" and self.path.is_file()):
-            raise ValueError(f"{path}: no such images; expected a folder, or an .npz of uint8 images")
+            raise ValueError(f"{path}: no such folder or .npz of images")
         self.items, self.labels, self.classes = (read_folder if self.folder else read_npz)(path, labelled)
         self.shape = (size, size) if self.crop else self.open(0).size[::-1]
         # file names of a folder, checksums of an .npz: a file replaced under its name is not noticed
@@ -335,7 +328,8 @@ class Images(torch.utils.data.Dataset):
 #
 # DIR/moments.bin  float16 [N, 2, 2 z, h, w]: mean and log-variance of the crop ([:, 0]) and its mirror image ([:, 1])
 # DIR/labels.npy   int64 [N]
-# DIR/cache.json   shape of moments.bin, classes (names), scale, image_size, vae (its path), vae_digest
+# DIR/cache.json   shape of moments.bin, classes (names), scale, image_size, vae_digest
+# DIR/vae.pt       the VAE
 # DIR/skipped.txt  images that could not be read, with --skip-bad
 
 
@@ -362,9 +356,13 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtyp
     if size % vae.factor:
         raise ValueError(f"--image-size {size}: must be a multiple of {vae.factor} for {vae.path}")
     shape = (2, 2 * vae.z_channels, side, side)
-    settings = dict(scale=vae.scale, vae=vae.path, vae_digest=vae.digest, image_size=size, images=images.digest)
+    settings = dict(scale=vae.scale, vae_digest=vae.digest, image_size=size, images=images.digest)
+    lock = lock_folder(partial)
     record = read_record(partial / "cache.json", settings | dict(batch_size=batch_size, dtype=str(dtype)))
     done, skipped = record.get("done", 0), record.get("skipped", [])  # skipped: [index, message] of bad images
+    if done and (partial / "moments.bin").stat().st_size < 2 * math.prod(shape) * (done - len(skipped)):
+        print(f"{partial}/moments.bin is cut short: encoding starts over")
+        done, skipped = 0, []
 
     def save():
         f.flush()
@@ -376,8 +374,8 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtyp
     images.errors_as_items = True
     rest = torch.utils.data.Subset(images, range(done, len(images)))
     loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, collate_fn=list)
+    print(f"{len(images):,} images of {len(images.classes)} classes: {shorten(images.classes)}")
     bar = tqdm(total=len(images), initial=done, unit="image", desc=f"encoding to {out}")
-    partial.mkdir(parents=True, exist_ok=True)
     with open(partial / "moments.bin", "ab") as f, bar:
         f.truncate(2 * math.prod(shape) * (done - len(skipped)))
         saved = time.time()
@@ -399,25 +397,32 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtyp
     atomic_write(partial / "labels.npy", lambda f: np.save(f, np.delete(images.labels, indices)))
     if skipped:
         atomic_write(partial / "skipped.txt", "\n".join([*messages, ""]).encode(errors="backslashreplace"))
-    show_reconstructions(images, vae, partial / "reconstructions.png", device, indices)
+    shutil.copy(vae.path, partial / "vae.pt")
+    error = show_reconstructions(images, vae, partial / "reconstructions.png", device, indices)
+    print(f"mean error of the VAE {error:.3f} of 2; originals over reconstructions: {out}/reconstructions.png")
     partial.rename(out)
+    lock.close()
     return messages
 
 
 def show_reconstructions(images, vae, path, device="cpu", skipped=()):
-    """16 images spread over the data: two rows of 8, each over its reconstructions from the posterior mean."""
+    """Draw 16 images spread over the data: two rows of 8, each over its reconstructions from the posterior mean.
+
+    Returns the mean absolute error in units of [-1, 1].
+    """
     indices = np.delete(np.arange(len(images)), list(skipped))
     originals = np.stack([images[i] for i in indices[np.linspace(0, len(indices) - 1, 16).astype(int)]])
     with torch.inference_mode():
         decoded = [to_uint8(vae.decode(vae.encode(x)[0])) for x in from_uint8(originals).to(device).split(4)]
     decoded = np.concatenate(decoded)
     save_grid(np.concatenate([originals[:8], decoded[:8], originals[8:], decoded[8:]]), path, columns=8)
+    return np.abs(originals / 127.5 - decoded / 127.5).mean()
 
 
 class LatentCache:
     """A cache folder: `moments` and `labels` as above, memory-mapped, `latent_shape` (z, h, w), and cache.json."""
 
-    def __init__(self, path, check=True):
+    def __init__(self, path):
         self.path = path = Path(path)
         if Path(f"{path}.partial").exists() and not path.exists():
             raise ValueError(f"{path}: unfinished; repeat the command that encodes it, to resume")
@@ -426,9 +431,9 @@ class LatentCache:
         with readable(path, "latent cache"):
             record = json.loads((path / "cache.json").read_text())
             self.classes, self.scale, self.image_size = record["classes"], record["scale"], record["image_size"]
-            self.vae, self.vae_digest, shape = record["vae"], record["vae_digest"], tuple(record["shape"])
+            self.vae_digest, shape = record["vae_digest"], tuple(record["shape"])
             # what a checkpoint tells of its data
-            self.info = dict(classes=self.classes, vae=self.vae, vae_digest=self.vae_digest, num_images=shape[0])
+            self.info = dict(classes=self.classes, vae_digest=self.vae_digest, num_images=shape[0])
             if (path / "moments.bin").stat().st_size != 2 * math.prod(shape) or shape[1] != 2 or shape[2] % 2:
                 raise ValueError("moments.bin does not have the size that cache.json tells")
             self.moments = np.memmap(path / "moments.bin", np.float16, "r", shape=shape)
@@ -438,15 +443,9 @@ class LatentCache:
                 raise ValueError("labels.npy does not fit the latents and classes of cache.json")
             if not 0 < self.scale < math.inf:
                 raise ValueError(f"its scale is {self.scale}")
-            # all latents if they are few, else stretches of 256 images, evenly spread
-            stretches = -(-min(shape[0], 2**28 * shape[0] // self.moments.nbytes) // 256) + 1 if check else 0
-            for start in np.linspace(0, max(0, shape[0] - 256), stretches).astype(int):
-                finite = np.isfinite(self.moments[start : start + 256]).all((1, 2, 3, 4))
-                if not finite.all():
-                    raise ValueError(f"the latents of image {start + finite.argmin()} are not finite; encode again")
 
     def __reduce__(self):
-        return LatentCache, (self.path, False)  # a loader's worker maps the file itself
+        return LatentCache, (self.path,)  # a loader's worker maps the file itself
 
     def __len__(self):
         return len(self.labels)
@@ -456,6 +455,8 @@ class LatentCache:
 def train(args):
     """Train an autoencoder by L1 + KL: LDM's losses without the perceptual and GAN terms."""
     check_output_path("--out", args.out)
+    if Path(args.out).exists() or Path(args.out).suffix == ".png":
+        raise ValueError(f"--out {args.out}: is there already, or is a picture's name; give another")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
@@ -520,7 +521,6 @@ def encode(args):
     dtype = pick_dtype(args.dtype, device)
     skipped = encode_images(images, vae, args.out, args.batch_size, args.workers, device, dtype, args.skip_bad)
     print(f"wrote {len(images) - len(skipped):,} images of {len(images.classes)} classes to {args.out}")
-    print(f"originals over reconstructions: {args.out}/reconstructions.png")
     if skipped:
         print(f"{len(skipped):,} images could not be read and are left out; {args.out}/skipped.txt lists them")
 
@@ -594,46 +594,55 @@ def check_output_path(flag, path, folder=False):
         raise ValueError(f"{flag} {path}: {parent} is not a folder that can be written to; give another")
 
 
+def lock_folder(path):
+    """Make a folder and hold its lock file while the result is open; refuses a folder that another process holds."""
+    path.mkdir(parents=True, exist_ok=True)
+    file = open(path / "lock", "w")
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        raise ValueError(f"{path}: another process is writing here; wait for it, or give another --out") from None
+    return file
+
+
 def fetch(url, path):
-    """Download `url` to `path` unless it is there; resumes a download that was cut."""
+    """Download `url`, a checkpoint, to `path` unless it is there; only a complete file takes that name."""
     path = Path(path)
     while LOCAL_RANK > 0 and not path.exists():  # rank 0 of each machine fetches it
         time.sleep(1)
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            have = have if response.status == 206 else 0  # the server may not resume
-            length = int(response.headers.get("Content-Length", 0))
-            bar = tqdm(total=have + length or None, initial=have, unit="B", unit_scale=True, desc=path.name)
-            with open(part, "ab" if have else "wb") as f, bar:
-                while block := response.read(1 << 20):
-                    f.write(block)
-                    bar.update(len(block))
-        if length and part.stat().st_size != have + length:
-            raise OSError("the connection closed early")
-    except (OSError, http.client.HTTPException) as e:
-        if getattr(e, "code", 0) == 416:  # nothing to send after `have`: start over
-            part.unlink()
-            return fetch(url, path)
-        what = f"could not fetch {url} ({getattr(e, 'reason', e)})"
-        raise OSError(f"{what}; repeat the command to resume, or put the file at {path}") from None
-    part.rename(path)
+    if not path.exists():
+        part = path.with_name(path.name + ".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, part)
+            if not zipfile.is_zipfile(part):
+                raise OSError("the answer is cut short, or not a checkpoint")
+        except (OSError, http.client.HTTPException) as e:
+            reason = f"could not fetch {url} ({getattr(e, 'reason', e)})"
+            raise OSError(f"{reason}; repeat the command, or put the file at {path}") from None
+        part.rename(path)
     return path
 
 
 def class_index(flag, word, names, num_classes):
-    """Index of a class given as index or name; refuses an unknown one with the nearest names."""
-    if word in names:
-        return names.index(word)
+    """Index of a class given as index or name, in any case and Unicode form."""
+    plain = lambda name: unicodedata.normalize("NFKC", name).casefold()  # noqa: E731
+    same = [i for i, name in enumerate(names) if name == word or plain(name) == plain(word)]
+    if same:
+        return same[0]
     if word.isdecimal() and int(word) < num_classes:
         return int(word)
-    near = ", ".join(names if len(names) <= 20 else difflib.get_close_matches(word, names))
-    raise ValueError(f"{flag} {word}: this model has classes 0 to {num_classes - 1}" + f": {near}" * bool(near))
+    raise ValueError(
+        f"{flag} {word}: this model has classes 0 to {num_classes - 1}" + f": {shorten(names)}" * bool(names)
+    )
+
+
+def shorten(names, n=20):
+    return ", ".join(names[:n]) + " ..." * (len(names) > n)
 
 
 def sha256_prefix(data):
@@ -692,8 +701,7 @@ def bounded(kind, low, high=2**62):
 
     def parse(text):
         if not low <= kind(text) <= high:
-            limit = f", at most {high}" if high < 2**62 else ""
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {low}{limit}")
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low} and at most {high:g}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -702,8 +710,10 @@ def bounded(kind, low, high=2**62):
 
 def error_line(e):
     """One line for an error that a user can mend; None for a defect."""
-    if isinstance(e, torch.OutOfMemoryError):
-        return "out of GPU memory; lower --batch-size, or in training raise --accumulate"
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+        return "out of memory; lower --batch-size, or in training raise --accumulate"
+    if isinstance(e, RuntimeError) and "DataLoader" in str(e):
+        return "a process that reads data died or hangs (out of memory?); lower --workers"
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({' '.join(str(e).split())[:200]}); --no-compile runs without it"
     if isinstance(e, OSError):
@@ -716,6 +726,7 @@ def error_line(e):
 
 def run_main(main):
     """Run main(); an expected error becomes one line on stderr and exit status 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit ends the loader's workers, a kill does not
     try:
         return main()
     except KeyboardInterrupt:
@@ -728,14 +739,24 @@ def run_main(main):
     sys.exit(status)
 
 
-def save_grid(images, path, columns, pad=2):
-    """Write uint8 images [N, H, W, 3] as one PNG, row by row; small images are enlarged to 64 pixels."""
+def save_grid(images, path, columns, rows=(), heads=(), pad=2):
+    """Write uint8 images [N, H, W, 3] as one PNG, row by row, with names of the rows and heads over the columns.
+
+    Small images are enlarged to 64 pixels.
+    """
     n, h, w = images.shape[:3]
-    grid = np.full((-(-n // columns) * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
-        grid[y : y + h, x : x + w] = image
-    save_picture(Image.fromarray(grid), path, zoom=max(1, 64 // h))
+    num_rows, zoom, font = -(-n // columns), max(1, 64 // h), ImageFont.load_default(14)
+    cells = np.pad(images, ((0, num_rows * columns - n), (pad, 0), (pad, 0), (0, 0)), constant_values=255)
+    grid = cells.reshape(num_rows, columns, h + pad, w + pad, 3).swapaxes(1, 2).reshape(num_rows * (h + pad), -1, 3)
+    left, top = max([0, *(6 + int(font.getlength(name)) for name in rows)]), 20 * bool(heads)
+    picture = Image.fromarray(grid.repeat(zoom, 0).repeat(zoom, 1))
+    picture = ImageOps.expand(picture, (left, top, pad * zoom, pad * zoom), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, name in enumerate(rows):
+        draw.text((left, top + (i + 0.5) * zoom * (h + pad)), name, "black", font, "rm")
+    for i, name in enumerate(heads):
+        draw.text((left + (i + 0.5) * zoom * (w + pad), top), name, "black", font, "md")
+    save_picture(picture, path)
 
 
 def save_picture(picture, path, zoom=1):

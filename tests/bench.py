@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as ours  # noqa: E402
 from model import SIZES, TransDiff, euler_maruyama  # noqa: E402
-from train import Chains, checkpoint_blocks, make_optimizer, update_ema  # noqa: E402
+from train import Chains, make_optimizer, update_ema  # noqa: E402
 from vae import LatentCache, autocast, bounded, cast_weights, pick_device, pick_dtype, run_main  # noqa: E402
 
 
@@ -171,11 +171,9 @@ def sampling(model, batch, refs, steps, device, dtype, compile):
     return fast, plain, counter.get_total_flops(), batch
 
 
-def kept(config, batch, batch_mul, checkpointing):
+def kept(config, batch, batch_mul):
     """Bytes that a loss of `batch` chains in bf16 keeps for its backward pass, without those of the parameters."""
     model, storages = TransDiff(config), {}
-    if checkpointing:
-        checkpoint_blocks(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(x):
@@ -192,12 +190,12 @@ def kept(config, batch, batch_mul, checkpointing):
     return total
 
 
-def kept_by_a_chain(config, batch_mul, checkpointing):
+def kept_by_a_chain(config, batch_mul):
     """Bytes kept for one more chain, from models of one and of two blocks of each kind: all blocks keep the same."""
 
     def measure(ar_depth, dit_depth):
         short = dataclasses.replace(config, ar_depth=ar_depth, dit_depth=dit_depth)
-        return kept(short, 2, batch_mul, checkpointing) - kept(short, 1, batch_mul, checkpointing)
+        return kept(short, 2, batch_mul) - kept(short, 1, batch_mul)
 
     one = measure(1, 1)
     return one + (config.ar_depth - 1) * (measure(2, 1) - one) + (config.dit_depth - 1) * (measure(1, 2) - one)
@@ -206,13 +204,13 @@ def kept_by_a_chain(config, batch_mul, checkpointing):
 def count_memory(sizes):
     """Print the operations of training and the memory it needs.
 
-    20 bytes a parameter (float32 weights, gradients, two moments of AdamW, EMA weights), 2 for the copies of the
-    weights in bf16, and the activations of an eager step with fused attention, as on a GPU; torch.compile keeps less.
+    20 bytes a parameter (float32 weights, gradients, two moments of AdamW, EMA weights), 10 at the end of a compiled
+    backward pass under DDP (gradients before they are in its buckets, weights in bf16, buffers), and the activations of an eager step with fused attention, as on a GPU; torch.compile keeps less.
     """
     # without dropout: fused attention keeps no dropout mask
     ours.attention = lambda q, k, v, heads, mask=None, dropout=0.0: plain_attention(q, k, v, heads, mask)
-    heads = ("TFLOP a chain", "weights etc.", "a chain", "checkpointed", "chains at once in 80 GB")
-    print("{:12}{:>14}{:>14}{:>12}{:>14}{:>26}".format("", *heads))
+    heads = ("TFLOP a chain", "weights etc.", "a chain", "chains at once in 80 GB")
+    print("{:12}{:>16}{:>14}{:>12}{:>26}".format("", *heads))
     for size in sizes:
         for name, refs, batch_mul in (("1-step", 1, 4), ("MRAR", 4, 2)):
             config = dataclasses.replace(SIZES[size], refs=refs)
@@ -220,12 +218,11 @@ def count_memory(sizes):
                 model = TransDiff(config)
                 latents = torch.empty(1, refs, *config.latent_shape)
                 model(latents, torch.empty(1, dtype=torch.int64), batch_mul=batch_mul).backward()
-            states = 22 * sum(p.numel() for p in model.parameters())
-            chain, checkpointed = (kept_by_a_chain(config, batch_mul, c) for c in (False, True))
+            states = 30 * sum(p.numel() for p in model.parameters())
+            chain = kept_by_a_chain(config, batch_mul)
             print(
                 f"{size + ' ' + name:12}{counter.get_total_flops() / 1e12:14.2f}{states / 1e9:11.1f} GB"
-                f"{chain / 1e9:9.2f} GB{checkpointed / 1e9:11.2f} GB"
-                f"{int((72e9 - states) // chain):12} or {int((72e9 - states) // checkpointed)}",
+                f"{chain / 1e9:9.2f} GB{int((72e9 - states) // chain):26}",
                 flush=True,
             )
 

@@ -8,7 +8,7 @@ import torch
 
 from model import SAMPLING, SIZES, Config, TransDiff, adams_bashforth, attention_masks, euler_maruyama, load_checkpoint
 from model import load_state, sampling_settings, t_from_normal, timestep_embedding
-from train import checkpoint_blocks, warm_start
+from train import warm_start
 from vae import cast_weights
 
 # Every field that the demo changes differs from its ImageNet value, and no two lengths are equal.
@@ -234,25 +234,6 @@ def test_timestep_embedding_is_cosines_then_sines():
     assert e[1] == pytest.approx(math.cos(250 * 10000 ** (-1 / 128)), abs=1e-4)
 
 
-@pytest.mark.parametrize("refs", [1, 4])
-def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(refs):
-    model = build(dataclasses.replace(SMALL, refs=refs, dropout=0.3)).train()
-    latents, labels = random_chains(model.config)
-    results, kept = [], []
-    for checkpointing in (False, True):
-        if checkpointing:
-            checkpoint_blocks(model)
-        saved = []
-        torch.manual_seed(0)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-            loss = model.loss(latents, labels, batch_mul=2)
-        kept.append(sum(saved))
-        results.append(gradients(model, loss))
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b)
-    assert kept[1] < kept[0] / 3
-
-
 # ------------------------------------------------------------------------------------------ the samplers
 
 
@@ -372,11 +353,34 @@ def test_a_shorter_chain_is_the_start_of_a_longer_one():
         model.encode(labels, torch.zeros(1, 4, 6, 8, 8))
 
 
-def test_the_images_of_a_chain_start_from_the_same_noise_unless_fresh_noise_is_asked_for():
+def test_references_start_the_chain():
     model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
-    shared = model.sample(labels, steps=4, s2=0, noise=noise)
-    fresh = model.sample(labels, steps=4, s2=0, noise=noise, fresh_noise=True)
-    assert torch.equal(fresh[:, 0], shared[:, 0]) and not torch.allclose(fresh[:, 1], shared[:, 1])
+    kwargs = dict(steps=4, s2=0, noise=noise)
+    full = model.sample(labels, **kwargs)
+    torch.testing.assert_close(model.sample(labels, references=full[:, :2], **kwargs), full)
+    others = model.sample(labels, references=torch.randn(1, 2, 6, 8, 8), **kwargs)
+    assert not torch.allclose(others[:, 2], full[:, 2])
+
+
+def test_guidance_may_differ_from_image_to_image():
+    model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
+    kwargs = dict(steps=4, s2=0, noise=noise)
+    same, first = model.sample(labels, cfg=2.0, **kwargs), model.sample(labels, cfg=[1.0, 2.0, 2.0, 2.0], **kwargs)
+    torch.testing.assert_close(model.sample(labels, cfg=[2.0] * 4, **kwargs), same)
+    torch.testing.assert_close(first[:, :1], model.sample(labels, refs=1, cfg=1.0, **kwargs))
+    assert not torch.allclose(first[:, 0], same[:, 0])
+    with pytest.raises(ValueError, match="takes a cfg for each"):
+        model.sample(labels, cfg=[1.0, 2.0], **kwargs)
+
+
+@pytest.mark.parametrize("wrong", [dict(sampler="euler"), dict(steps=0)])
+def test_an_unknown_sampler_or_no_steps_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected a sampler"):
+        build(SMALL).sample(torch.tensor([4]), **wrong)
+
+
+def test_the_images_of_a_chain_start_from_the_same_noise():
+    model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
     starts = []
     model.decoder.register_forward_pre_hook(lambda module, inputs: starts.append(inputs[0]))
     model.sample(labels, steps=1, cfg=1.0, noise=noise)
@@ -392,7 +396,7 @@ def test_adams_bashforth_samples_depend_on_the_first_noise_only():
 
 def test_samples_have_the_published_settings_by_default():
     model, labels, noise = build(ONE_STEP), torch.tensor([0]), torch.randn(1, 6, 8, 8)
-    published = SAMPLING["XS"]
+    published = SAMPLING["other"]
     a, b = (model.sample(labels, noise=noise, noise_sampler=torch.ones_like, **s) for s in ({}, published))
     assert torch.equal(a, b)
     sizes = decoder_batches(model)

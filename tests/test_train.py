@@ -19,7 +19,7 @@ from in_process import run_in_process
 from test_vae import save_small_vae
 
 from model import SIZES, TransDiff, load_checkpoint, load_file
-from train import COMMON, RECIPES, Chains, draw_noise, learning_rate, make_optimizer, update_ema
+from train import COMMON, RECIPES, Chains, holdout_mask, learning_rate, loss_inputs, make_optimizer, update_ema
 from vae import Images, encode_images, load_vae
 
 # ------------------------------------------------------------------------------------------ chains and draws
@@ -89,18 +89,24 @@ def test_half_of_the_images_are_mirrored():
     assert 60 < torch.cat([chains[step][0] for step in range(5)])[:, 0, 1, 0, 0].sum() < 140  # of 200
 
 
+def draws(seeds, t="logit-normal"):
+    """Latents, t, noise and drop of chains whose posteriors are standard normal."""
+    moments, args = torch.zeros(len(seeds), 4, 16, 8, 8), SimpleNamespace(batch_mul=2, t=t)
+    config, labels = dataclasses.replace(SIZES["XS"], refs=4), torch.zeros(len(seeds), dtype=torch.int64)
+    latents, _, t, noise, _, drop = loss_inputs(moments, labels, seeds, SimpleNamespace(scale=1), config, args)
+    return latents, t, noise, drop
+
+
 def test_the_random_numbers_of_a_chain_depend_on_its_seed_alone():
-    config = dataclasses.replace(SIZES["XS"], refs=4)
-    four, one = (draw_noise(config, 2, "logit-normal", seeds, "cpu") for seeds in (range(5, 9), range(7, 8)))
-    assert [tuple(x.shape) for x in four] == [(4,), (4, 8), (4, 8, 8, 8, 8), (4, 4, 8, 8, 8)]
+    four, one = draws(range(5, 9)), draws(range(7, 8))
+    assert [tuple(x.shape) for x in four] == [(4, 4, 8, 8, 8), (4, 8), (4, 8, 8, 8, 8), (4,)]
     assert all(torch.equal(a[2:3], b) for a, b in zip(four, one))
     assert four[1].unique().numel() == 32
 
 
 def test_the_random_numbers_have_the_distributions_asked_for():
-    config = dataclasses.replace(SIZES["XS"], refs=4)
-    drop, t, noise, posterior_noise = draw_noise(config, 2, "uniform", range(2000), "cpu")
-    assert abs(drop.float().mean() - config.label_drop_prob) < 0.02
+    posterior_noise, t, noise, drop = draws(range(2000), "uniform")
+    assert abs(drop.float().mean() - SIZES["XS"].label_drop_prob) < 0.02
     assert abs(t.mean() - 0.5) < 0.01 and abs(t.std() - 12**-0.5) < 0.01
     assert abs(noise.std() - 1) < 0.01 and abs(posterior_noise.std() - 1) < 0.01
     assert abs((noise[:, 0] * posterior_noise[:, 0]).mean()) < 0.01  # independent
@@ -205,7 +211,7 @@ def test_train_finetune_sample(project, command):
     run = project / "runs" / "train"
     assert "encoding" in err and "TransDiff-XS" in out and "runs/train/ema.pt" in out
     pictures = {"loss.png", "samples-0000002.png", "samples-0000003.png"}
-    assert {path.name for path in run.iterdir()} == {"last.pt", "ema.pt", "log.csv"} | pictures
+    assert {path.name for path in run.iterdir()} == {"last.pt", "ema.pt", "vae.pt", "log.csv"} | pictures
     rows = read_log(run)
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert all(float(row["loss"]) > 0 and float(row["images_per_second"]) > 0 for row in rows)
@@ -215,7 +221,8 @@ def test_train_finetune_sample(project, command):
     _, err = command(f"train.py {data} --steps 3", expect=2)
     assert "--resume" in err
 
-    out, err = command(f"finetune_mrar.py {data} --steps 2 --sample-every 0")
+    # Stage 2 continues on the data of stage 1.
+    out, err = command("finetune_mrar.py --batch-size 8 --steps 2 --sample-every 0")
     assert "mask embedding copied into 16 mask tokens" in out and "chains of 4" in out and "encoding" not in err
     assert load_checkpoint(project / "runs" / "mrar" / "ema.pt").config.refs == 4
 
@@ -398,7 +405,7 @@ def test_other_images_or_another_vae_are_encoded_anew(project, garments, capsys)
 
     def caches_after(out):
         run_in_process(f"train.py {flags} --out {out}")
-        return len(list((project / "runs").glob("latents-images-32-*")))
+        return len(list(project.glob("latents-images-32-*")))
 
     assert caches_after("first") == 1
     capsys.readouterr()
@@ -407,15 +414,20 @@ def test_other_images_or_another_vae_are_encoded_anew(project, garments, capsys)
     assert caches_after("other") == 2
     save_small_vae("vae.pt", seed=1)
     assert caches_after("third") == 3
+    (project / "first").rename(project / "moved")  # a run's folder has its own copy of the VAE
+    run_in_process("sample.py --ckpt moved --n 1 --steps 1")
     capsys.readouterr()
-    run_in_process("sample.py --ckpt first/ema.pt --n 1 --steps 1", expect=2)
-    assert "it was vae.pt, which is not there or has changed" in capsys.readouterr().err
+    run_in_process("sample.py --ckpt moved --vae vae.pt --n 1 --steps 1")
+    assert "warning: --vae vae.pt is not the VAE of this model's latents" in capsys.readouterr().err
+    (project / "moved" / "vae.pt").unlink()
+    run_in_process("sample.py --ckpt moved --n 1 --steps 1", expect=2)
+    assert "moved/vae.pt is not there or is another" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, capsys):
     flags = "--data cache --batch-size 8 --sample-every 0 --log-every 50 --steps 9 --save-every 1"
     run_in_process(f"train.py {flags} --lr 1e18 --warmup 0", expect=2)
-    message = r"the loss or gradient of step \d+ is not finite; images of this process: [\d, ]+ of cache; try --resume"
+    message = r"the loss or gradient of step \d+ is not finite; its first images: \[[\d, ]+\] of cache; try --resume"
     assert re.search(message, capsys.readouterr().err)
     last = load_file("runs/train/last.pt")
     assert last["step"] < 9 and all(torch.isfinite(v).all() for v in last["model"].values())

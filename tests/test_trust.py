@@ -61,8 +61,9 @@ def encoded(tmp_path_factory):
         vae = load_vae("vae.pt")
         encode_images(Images("source.npz", 32), vae, "cache")
     config = dataclasses.replace(SIZES["XS"], num_classes=4)
-    info = dict(config=dataclasses.asdict(config), step=1, classes=list("abcd"), vae="vae.pt", vae_digest=vae.digest)
+    info = dict(config=dataclasses.asdict(config), step=1, classes=list("abcd"), vae_digest=vae.digest)
     (folder / "run").mkdir()
+    shutil.copy(folder / "vae.pt", folder / "run")
     weights = {k: v.half() for k, v in TransDiff(config).state_dict().items()}
     torch.save(dict(info, model=weights), folder / "run" / "ema.pt")
     return folder
@@ -223,10 +224,6 @@ def test_damaged_caches_are_refused_at_the_start(small, refused):
 
         return edit
 
-    def poison(moments):
-        moments[33, 1, 0, 0, 0] = np.nan
-        return moments
-
     check("not a latent cache", "cache.json", Path.unlink)
     check("not a readable latent cache", "cache.json", lambda path: path.write_text("{"))
     check("labels.npy", "labels.npy", Path.unlink)
@@ -236,7 +233,6 @@ def test_damaged_caches_are_refused_at_the_start(small, refused):
     check("not a readable latent cache", "labels.npy", edit_array(lambda a: a[:-1]))
     check("not a readable latent cache", "labels.npy", edit_array(lambda a: a + 1))
     check("not a readable latent cache", "labels.npy", edit_array(lambda a: a - 1))
-    check("the latents of image 33 are not finite", "moments.bin", edit_moments(poison))
     save_small_vae("other.pt", seed=1)
     check("other.pt: not the VAE of the latents in cache", "cache.json", lambda path: None, " --vae other.pt")
     assert "trained on latents of another VAE" in refused(f"{train} --init {DEMO}/mrar.pt")
@@ -330,7 +326,7 @@ FLAGS = [
     ("train.py --steps 3 --epochs 2", "--epochs: not allowed with argument --steps"),
     ("train.py --lr nan", "--lr"),
     ("train.py --lr -1", "--lr"),
-    ("train.py --warmup 100", "--warmup: 100: must be at least 0, at most 1"),
+    ("train.py --warmup 100", "--warmup: 100: must be at least 0 and at most 1"),
     ("train.py --ema 1.5", "--ema"),
     ("train.py --clip -1", "--clip"),
     ("train.py --workers -1", "--workers"),
@@ -343,8 +339,8 @@ FLAGS = [
     ("train.py --image-size 64 --data cache", "--image-size 64: the latents in cache are of 32 px images"),
     ("vae.py encode --out cache --data source.npz --vae vae.pt", "cache: exists already"),
     ("vae.py encode --out x --data source.npz --vae vae.pt --image-size 31", "--image-size 31: must be a multiple"),
-    ("vae.py encode --out x --vae vae.pt --data gone", "gone: no such images"),
-    ("vae.py encode --out x --vae vae.pt --data vae.pt", "vae.pt: no such images"),
+    ("vae.py encode --out x --vae vae.pt --data gone", "gone: no such folder"),
+    ("vae.py encode --out x --vae vae.pt --data vae.pt", "vae.pt: no such folder"),
     ("vae.py train --steps 0", "--steps"),
     ("vae.py train --out folder.png", "is a folder"),
     ("vae.py train --lr inf", "--lr"),
