@@ -135,7 +135,7 @@ def extract(net, images, args, classify=False, keep=False):
 
 
 def open_reference(path, samples, network, width):
-    """(images, statistics) of --ref, None for what it has not: Images brought to the samples' size, (mu [D], sigma [D, D]).
+    """(Images brought to the samples' size, (mu [D], sigma [D, D])) of --ref, None for what it has not.
 
     ADM's reference batches have both: the statistics are of more images than the batch.
     """

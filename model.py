@@ -36,7 +36,7 @@ class Config:
     ar_depth: int = 24  # blocks of the AR Transformer
     dit_depth: int = 12  # blocks of the DiT decoder
     num_classes: int = 1000
-    refs: int = 1  # images in a chain, refs - 1 of them references: 1 (1-step AR), 4, 16 or 64 (MRAR)
+    refs: int = 1  # images in a chain, refs - 1 of them references: 1 (1-step AR), 4 (MRAR), 16 or 64 (our guess)
     cond_tokens: int = 256  # length of c over the whole chain
     class_tokens: int = 64  # copies of the class embedding at the start of the input
     latent_channels: int = 16
@@ -330,7 +330,11 @@ def t_from_normal(normal, distribution="logit-normal"):
 
 
 class TransDiff(nn.Module):
-    """AR Transformer + DiT, trained jointly (Section 3.1). `refs` in the config makes it 1-step AR or MRAR."""
+    """AR Transformer + DiT, trained jointly (Section 3.1). `refs` in the config makes it 1-step AR or MRAR.
+
+    As in the release: one modulation for all blocks, gates that do not start at zero, a block-causal mask, and features
+    of `width`. The paper cites designs that differ in the first two, writes "causal", and has d f f features.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -547,6 +551,8 @@ def load_state(path, ema=True):
         state = {k: v.float() for k, v in state.items()}
         if "config" in ckpt:
             config = Config(**ckpt["config"])
+            if max(config.ar_depth, config.dit_depth) > len(state):
+                raise ValueError("its config asks for more blocks than it has")
         else:
             config = config_from_shapes(state)
             if config.refs == 1:  # the released 1-step files hold a projection that 1-step AR never uses

@@ -24,17 +24,9 @@ from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
 from vae import DEMO_MODEL, DEMO_VAE, RANK, WORLD, atomic_write, autocast, bounded, cast_weights, center_crop
-from vae import (
-    check_output_path,
-    class_index,
-    fetch,
-    from_uint8,
-    latents_to_images,
-    load_vae,
-    lock_folder,
-    per_image_noise,
-)
-from vae import pick_device, pick_dtype, read_image, read_record, run_main, save_grid, sha256_prefix, shorten
+from vae import check_output_path, class_index, fetch_released, from_uint8, latents_to_images, load_vae, lock_folder
+from vae import per_image_noise, pick_device, pick_dtype, read_image, read_record, run_main, save_grid, sha256_prefix
+from vae import shorten
 
 RELEASED = ("B", "L", "H", "B-mrar", "L-mrar", "H-mrar", "L-512")
 
@@ -95,14 +87,6 @@ def check(args):
     check_output_path("--out", args.out)
 
 
-def fetch_released(name):
-    """Path of a file of the authors' repository, in torch's hub folder. HF_ENDPOINT names a mirror."""
-    folder = name if name == "vae" else f"transdiff_{name.lower().replace('-', '_')}"
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    url = f"{host}/zhendch/Transdiff/resolve/main/{folder}/checkpoint-last.pth"
-    return fetch(url, Path(torch.hub.get_dir()) / "transdiff" / folder / "checkpoint-last.pth")
-
-
 def load(args, device, dtype):
     """(model, vae), as --pretrained or --ckpt and --vae name them; resolves args.refs and args.sampling."""
     if args.pretrained:
@@ -130,7 +114,7 @@ def load(args, device, dtype):
     args.cfg = (cfg * args.refs if len(cfg) == 1 else cfg)[: args.refs]
     if len(args.cfg) < args.refs:
         raise ValueError(f"--cfg: give one number, or one for each of the {args.refs} images of a chain")
-    return cast_weights(model, dtype), cast_weights(vae, dtype)
+    return cast_weights(model, dtype), vae
 
 
 def find_vae(ckpt, info):

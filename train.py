@@ -25,18 +25,19 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import SIZES, TransDiff, load_file, load_state, t_from_normal
-from vae import DEMO_DATA, DEMO_VAE, RANK, WORLD, Images, LatentCache, atomic_write, autocast, bounded, derive_seed
-from vae import check_output_path, encode_images, latents_to_images, load_vae, per_image_noise, pick_device, pick_dtype
-from vae import plot, run_main, sample_posterior, save_grid, sha256_prefix
+from vae import DEMO_DATA, RANK, WORLD, Images, LatentCache, atomic_write, autocast, bounded, check_output_path
+from vae import derive_seed, encode_images, latents_to_images, load_vae, lock_folder, name_vae, per_image_noise
+from vae import pick_device, pick_dtype, plot, run_main, sample_posterior, save_grid, sha256_prefix
 
 # Defaults of the flags of the same names. Epochs, lr, batch size, weight decay: Appendix B; the rest: the release.
-# warmup is a fraction of the run: 1/8 of 800 epochs is the release's 100.
+# warmup is a fraction of the run: 1/8 of 800 epochs is the release's 100. The release scales lr with the batch size.
 COMMON = dict(weight_decay=0.02, clip=3.0, t="logit-normal", seed=0, holdout=0.0, log_every=50, workers=0)
 PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
 DEMO = dict(warmup=1 / 16, cooldown=1 / 2, batch_mul=1, ema=0.998, sample_every=500, save_every=500)
 LOADER_TIMEOUT = 600  # seconds that a batch may take to read: a worker that hangs is an error
 RECIPES = {
     "1-step": dict(PAPER, epochs=800, lr=8e-4, warmup=1 / 8, batch_mul=4),
+    # The release trains this with bf16 weights, which take up few of the small updates: another lr may suit float32.
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, batch_mul=2),
     "512 px": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, batch_mul=4, ema=0.999),
     "XS 1-step": dict(DEMO, steps=1600, lr=2e-3, batch_size=64),
@@ -250,9 +251,7 @@ def open_cache(args, device):
     """The cache at --data; images are encoded first, into a cache beside OUT, named after them and the VAE."""
     path = Path(args.data)
     if path.suffix == ".npz" or path.is_dir() and not any(path.glob("moments.*")):
-        if not (args.vae or args.data == str(DEMO_DATA)):
-            raise ValueError(f"--vae: name the VAE to encode {path} with (or encode it first: python vae.py encode)")
-        vae = load_vae(args.vae or DEMO_VAE, device)
+        vae = load_vae(name_vae(args.vae, args.data), device)
         images = Images(path, args.image_size or vae.image_size)
         cache_id = sha256_prefix((images.digest + vae.digest).encode())
         path = Path(args.out).parent / f"latents-{path.stem}-{images.shape[0]}-{cache_id}"
@@ -262,7 +261,7 @@ def open_cache(args, device):
             dist.barrier()
     cache = LatentCache(path)
     args.data = str(path)  # recorded: stage 2 and --resume need not encode again
-    if args.vae and sha256_prefix(Path(args.vae).read_bytes()) != cache.vae_digest:
+    if args.vae and load_vae(args.vae).digest != cache.vae_digest:
         raise ValueError(f"--vae {args.vae}: not the VAE of the latents in {path}; leave the flag out")
     if args.image_size and args.image_size != cache.image_size:
         raise ValueError(f"--image-size {args.image_size}: the latents in {path} are of {cache.image_size} px images")
@@ -321,6 +320,7 @@ def refuse_unequal_ranks(args, cache):
 def warm_start(model, path, cache=None):
     """Fill `model` from the EMA weights of a checkpoint, perhaps of another shape, and print what is converted.
 
+    The release starts the weights from the raw ones, and the EMA from the EMA.
     1-step -> MRAR: the mask embedding is copied into each mask token, positions are kept, the reference layer is new.
     256 -> 512 px: the decoder's positions are interpolated. Another number of classes: the class embeddings are new.
     """
@@ -352,8 +352,8 @@ def warm_start(model, path, cache=None):
 def parallelize(model, args, device):
     """The model to call in the loop: compiled and wrapped for DDP, where wanted."""
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # compile the model as one graph
-        model = torch.compile(model)
+        for block in [*model.ar.blocks, *model.decoder.blocks]:  # two graphs, and DDP reduces while backward goes on
+            block.compile()
     if WORLD > 1:
         device_ids = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -387,6 +387,7 @@ class Run:
         # a CPU group for stop flags, so that asking does not wait for the GPU
         self.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)) if WORLD > 1 else None
         if RANK == 0:
+            self.lock = lock_folder(self.out)
             if not (self.out / "vae.pt").exists():  # a run's folder is complete: it can be moved
                 atomic_write(self.out / "vae.pt", (self.cache.path / "vae.pt").read_bytes())
             count = sum(p.numel() for p in model.parameters())
@@ -514,7 +515,8 @@ def make_parser(doc, out, recipes):
     add, count, fraction = parser.add_argument, bounded(int, 1), bounded(float, 0, 1)
     add("--size", choices=SIZES, help="of the model (default: XS)")
     add("--data", help="latent cache, or images to encode first (default: the bundled images for XS, else ./latents)")
-    add("--vae", help="VAE that encodes --data if it is images (default: the bundled one for the bundled images)")
+    add("--vae", help="VAE that encodes images; kl16: the released one (default: the bundled one for its images)")
+
     add("--image-size", type=count, help="pixels (default: the cache's, or the VAE's own)")
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add("--resume", action="store_true", help="continue from OUT/last.pt with its flags; --steps may be raised")
@@ -530,7 +532,11 @@ def make_parser(doc, out, recipes):
     add("--weight-decay", type=bounded(float, 0), help="of all outside the decoder but biases and norms")
     add("--clip", type=bounded(float, 1e-6), help="largest norm of the gradient")
     add("--ema", type=fraction, help="decay per step of the EMA weights, 0 to 1")
-    add("--t", choices=["logit-normal", "uniform"], help="distribution of t: the release's, or Eq. 5's")
+    add(
+        "--t",
+        choices=["logit-normal", "uniform"],
+        help="distribution of t: the release's, or Eq. 5's; each stage has its own",
+    )
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw")
     add("--holdout", type=fraction, help="part of the images never trained on; their loss is in log.csv, 0 to 1")
     add("--save-every", type=count, help="steps between checkpoints")

@@ -160,7 +160,8 @@ def sample_posterior(mean, logvar, noise):
 
 
 def load_vae(path, device="cpu"):
-    """AutoencoderKL of our file or the released one, float32, eval mode, gradients off."""
+    """AutoencoderKL of our file or the released one (fetched for path "kl16"), float32, eval mode, gradients off."""
+    path = fetch_released("vae") if path == "kl16" else path
     ckpt = load_file(path)
     with readable(path, "VAE"):
         state = {k: v.float() for k, v in ckpt["model"].items()}
@@ -178,9 +179,17 @@ def load_vae(path, device="cpu"):
     return vae.to(device).eval().requires_grad_(False)
 
 
+def name_vae(vae, data):
+    """--vae, or the bundled VAE for the bundled images; other images need a VAE of their own."""
+    if not vae and str(data) != str(DEMO_DATA):
+        raise ValueError(f"--vae: name the VAE to encode {data} with: kl16, or one that python vae.py train has made")
+    return vae or DEMO_VAE
+
+
 def latents_to_images(vae, latents):
-    """Scaled latents [N, z, h, w], as TransDiff draws them -> uint8 images [N, H, W, 3]."""
-    x = torch.cat([vae.decode(z / vae.scale).float() for z in latents.split(16)])
+    """Scaled latents [N, z, h, w], as TransDiff draws them -> uint8 images [N, H, W, 3], decoded in float32."""
+    with torch.autocast(latents.device.type, enabled=False):  # bf16 would change a third of the pixels by a level
+        x = torch.cat([vae.decode(z / vae.scale) for z in latents.float().split(16)])
     if not torch.isfinite(x).all():
         raise ValueError("the sampler gave values that are not finite; try --dtype fp32, or a smaller --cfg")
     return to_uint8(x)
@@ -453,7 +462,7 @@ class LatentCache:
 
 # ---------------------------------------------------------------------------------------------- commands
 def train(args):
-    """Train an autoencoder by L1 + KL: LDM's losses without the perceptual and GAN terms."""
+    """Train an autoencoder by L1 + KL: LDM's losses without the perceptual and GAN terms. Run again to resume."""
     check_output_path("--out", args.out)
     if Path(args.out).exists() or Path(args.out).suffix == ".png":
         raise ValueError(f"--out {args.out}: is there already, or is a picture's name; give another")
@@ -464,14 +473,22 @@ def train(args):
     vae = AutoencoderKL(**ARCHS[args.arch]).to(device)
     if images.shape[0] % vae.factor:
         raise ValueError(f"--image-size {images.shape[0]}: must be a multiple of {vae.factor} for --arch {args.arch}")
-    lr = args.lr or (1e-4 if args.arch == "kl16" else 4e-3)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+    peak_lr = args.lr or (1e-4 if args.arch == "kl16" else 4e-3)
+    optimizer = torch.optim.AdamW(vae.parameters(), peak_lr, betas=(0.9, 0.99), weight_decay=0.0)
+    partial, first = Path(f"{args.out}.partial"), 0
+    if partial.exists():
+        with readable(partial, "unfinished VAE of these flags"):
+            state = load_file(partial)
+            vae.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            first = state["step"]
     warmup = min(100, args.steps // 10 + 1)
-    cosine = lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / args.steps))  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
     order = torch.utils.data.RandomSampler(images, num_samples=args.steps * args.batch_size)
-    loader = torch.utils.data.DataLoader(images, args.batch_size, sampler=order, num_workers=args.workers)
-    for batch in (bar := tqdm(loader, unit="step", desc=f"VAE on {args.data}")):
+    order = torch.tensor(list(order)).split(args.batch_size)[first:]
+    loader = torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.workers)
+    bar = tqdm(loader, unit="step", desc=f"VAE on {args.data}", initial=first, total=args.steps)
+    for step, batch in enumerate(bar, first):
+        torch.manual_seed(derive_seed(args.seed, step))  # a resumed run draws the same numbers
         x = from_uint8(batch).to(device)
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
         with autocast(device, dtype):
@@ -482,11 +499,16 @@ def train(args):
         optimizer.zero_grad(set_to_none=True)
         (l1 + args.kl_weight * kl).backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        optimizer.param_groups[0]["lr"] = peak_lr * min(1, (step + 1) / warmup) * cosine
         optimizer.step()
-        schedule.step()
-        if bar.n % 20 == 0:
+        if step % 20 == 0:
             bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
+        if step % 500 == 499:
+            state = dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            atomic_write(partial, lambda f: torch.save(state, f))
     save_vae(vae.eval().requires_grad_(False), images, args.out, device)
+    partial.unlink(missing_ok=True)
 
 
 def save_vae(vae, images, out, device):
@@ -503,10 +525,11 @@ def save_vae(vae, images, out, device):
 
 
 @torch.inference_mode()
-def latent_std(vae, images, device, n=2048):
-    """Standard deviation of posterior samples, over every element, of up to n images spread over the data."""
-    z, indices = [], np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
-    for part in np.array_split(indices, -(-len(indices) // 32)):
+def latent_std(vae, images, device, pixels=2**24):
+    """Standard deviation of posterior samples, over every element, of images spread over the data, `pixels` in all."""
+    n = min(pixels // images.shape[0] ** 2 + 1, len(images))
+    z, indices = [], np.linspace(0, len(images) - 1, n).astype(int)
+    for part in tqdm(np.array_split(indices, -(-n // 32)), unit="batch", desc="scale of the latents"):
         mean, logvar = vae.encode(from_uint8(np.stack([images[i] for i in part])).to(device))
         z.append(sample_posterior(mean, logvar, torch.randn_like(mean)).double().flatten())
     return torch.cat(z).std().item()
@@ -516,7 +539,7 @@ def encode(args):
     """Encode images into a latent cache, with a picture of reconstructions beside originals."""
     check_output_path("--out", args.out, folder=True)
     device = pick_device(args.device)
-    vae = load_vae(args.vae, device)
+    vae = load_vae(name_vae(args.vae, args.data), device)
     images = Images(args.data, args.image_size or vae.image_size)
     dtype = pick_dtype(args.dtype, device)
     skipped = encode_images(images, vae, args.out, args.batch_size, args.workers, device, dtype, args.skip_bad)
@@ -546,7 +569,7 @@ def main():
             add("--seed", type=bounded(int, 0), default=0, help="(default: 0)")
             add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where the hardware has it)")
         else:
-            add("--vae", default=str(DEMO_VAE), help="VAE, ours or the released one (default: %(default)s)")
+            add("--vae", help="VAE; kl16: the released one, fetched once (default: the bundled one for its own images)")
             add("--out", default="runs/latents", help="cache folder to write or resume (default: %(default)s)")
             add("--skip-bad", action="store_true", help="leave out images that cannot be read, and list them")
             add("--dtype", choices=["bf16", "fp32"], default="fp32", help="of the encoder (default: fp32)")
@@ -597,7 +620,7 @@ def check_output_path(flag, path, folder=False):
 def lock_folder(path):
     """Make a folder and hold its lock file while the result is open; refuses a folder that another process holds."""
     path.mkdir(parents=True, exist_ok=True)
-    file = open(path / "lock", "w")
+    file = open(path / ".lock", "w")
     try:
         import fcntl  # not on Windows
 
@@ -626,6 +649,14 @@ def fetch(url, path):
             raise OSError(f"{reason}; repeat the command, or put the file at {path}") from None
         part.rename(path)
     return path
+
+
+def fetch_released(name):
+    """Path of a file of the authors' repository, in torch's hub folder. HF_ENDPOINT names a mirror."""
+    folder = name if name == "vae" else f"transdiff_{name.lower().replace('-', '_')}"
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = f"{host}/zhendch/Transdiff/resolve/main/{folder}/checkpoint-last.pth"
+    return fetch(url, Path(torch.hub.get_dir()) / "transdiff" / folder / "checkpoint-last.pth")
 
 
 def class_index(flag, word, names, num_classes):
@@ -730,7 +761,7 @@ def run_main(main):
     try:
         return main()
     except KeyboardInterrupt:
-        line, status = "interrupted", 130
+        line, status = "interrupted; repeat the command to continue", 130
     except Exception as e:
         line, status = error_line(e), 2
         if line is None:

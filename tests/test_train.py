@@ -211,7 +211,7 @@ def test_train_finetune_sample(project, command):
     run = project / "runs" / "train"
     assert "encoding" in err and "TransDiff-XS" in out and "runs/train/ema.pt" in out
     pictures = {"loss.png", "samples-0000002.png", "samples-0000003.png"}
-    assert {path.name for path in run.iterdir()} == {"last.pt", "ema.pt", "vae.pt", "log.csv"} | pictures
+    assert {path.name for path in run.iterdir()} == {".lock", "last.pt", "ema.pt", "vae.pt", "log.csv"} | pictures
     rows = read_log(run)
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert all(float(row["loss"]) > 0 and float(row["images_per_second"]) > 0 for row in rows)
