@@ -39,11 +39,12 @@ CFG = 2  # guidance scale where it is not the question: the default of XS
 FULL = dict(data=DEMO_DATA, holdout=0.1, steps=1600, keep=400, tune=500, images=64, pictures=500, net_steps=1000)
 FULL |= dict(num=1000, evaluations=8, sde_steps=25, positions=(0, 1, 2, 3, 15, 63), draws=4, refs=(1, 4, 16, 64))
 FULL |= dict(scales=(1, 1.25, 1.5, 2, 3), counts=(4, 6, 8, 12, 25, 100), factors=(1.0, 0.9, 0.8))
-QUICK = dict(holdout=0.5, steps=2, keep=2, tune=2, images=8, pictures=0, net_steps=2)
-QUICK |= dict(num=10, evaluations=1, sde_steps=1, positions=(0, 3), draws=1, refs=(1, 4))
+QUICK = dict(holdout=0.5, steps=2, keep=2, tune=2, images=4, pictures=0, net_steps=2)
+QUICK |= dict(num=4, evaluations=1, sde_steps=1, positions=(0, 3), draws=1, refs=(1, 4))
 QUICK |= dict(scales=(1, CFG), counts=(1, 2), factors=(1.0, 0.9))
 args = argparse.Namespace(**FULL)  # main adds the flags
-fid.load_net = functools.cache(fid.load_net)  # loading takes longer than the features of a few images
+# loading takes longer than the features of a few images
+fid.load_net, load_vae = functools.cache(fid.load_net), functools.cache(load_vae)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -101,6 +102,7 @@ def stage2(seed, refs=4):
     return trained(f"mrar{refs}-{seed}", finetune_mrar, seed=seed, **flags)
 
 
+@functools.lru_cache(8)
 def load(folder, file="ema.pt"):
     return cast_weights(load_checkpoint(folder / file, args.device), args.dtype)
 
@@ -386,9 +388,9 @@ def draw_curves(path):
 
 # ---------------------------------------------------------------------------------------------- command
 def few_images(path):
-    """The first 24 of the bundled images of each class, for --quick."""
+    """The first 16 of the bundled images of each class, for --quick."""
     data = dict(np.load(DEMO_DATA))
-    first = np.sort(np.concatenate([np.flatnonzero(data["labels"] == k)[:24] for k in range(10)]))
+    first = np.sort(np.concatenate([np.flatnonzero(data["labels"] == k)[:16] for k in range(10)]))
     data |= dict(images=data["images"][first], labels=data["labels"][first])
     return path if path.exists() else atomic_write(path, lambda f: np.savez(f, **data)) or path
 
