@@ -33,7 +33,7 @@ class Conv(nn.Conv2d):
 
 
 class Classifier(nn.Module):
-    """uint8 [N, 3, H, W] -> class probabilities [N, K], or features [N, 64 width]. The head has no bias to leave out."""
+    """uint8 [N, 3, H, W] -> class probabilities [N, K], or features [N, 64 width]. The head has no bias."""
 
     classes: List[str]
 
@@ -104,7 +104,7 @@ def main():
     add("--out", default="runs/features.pt", help="file to write (default: %(default)s)")
     add("--steps", type=bounded(int, 1), default=1000, help="optimiser steps (default: 1000)")
     add("--batch-size", type=bounded(int, 2), default=128, help="images (default: 128)")
-    add("--width", type=bounded(float, 0.1), default=1.0, help="times the channels and features (default: 1, 64 features)")
+    add("--width", type=bounded(float, 0.1), default=1.0, help="times the channels and features (default: 1)")
     add("--seed", type=bounded(int, 0), default=0, help="(default: 0)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     args = parser.parse_args()
