@@ -33,18 +33,18 @@ class Conv(nn.Conv2d):
 
 
 class Classifier(nn.Module):
-    """uint8 [N, 3, H, W] -> class probabilities [N, K], or features [N, 64]. The head has no bias to leave out."""
+    """uint8 [N, 3, H, W] -> class probabilities [N, K], or features [N, 64 width]. The head has no bias."""
 
     classes: List[str]
 
-    def __init__(self, classes):
+    def __init__(self, classes, width=1.0):
         super().__init__()
         self.classes, layers, cin = classes, [], 3
-        for cout in (32, 32, 0, 64, 64, 0, 96):
+        for cout in (int(width * channels) for channels in (32, 32, 0, 64, 64, 0, 96)):
             layers += [Conv(cin, cout, 3, bias=False), nn.BatchNorm2d(cout), nn.ReLU()] if cout else [nn.MaxPool2d(2)]
             cin = cout or cin
-        self.trunk, self.features = nn.Sequential(*layers), nn.Linear(cin, 64)
-        self.head = nn.Linear(64, len(classes), bias=False)
+        self.trunk, self.features = nn.Sequential(*layers), nn.Linear(cin, int(width * 64))
+        self.head = nn.Linear(int(width * 64), len(classes), bias=False)
 
     def forward(self, x, return_features: bool = False, no_output_bias: bool = False):
         x = x.float() / 127.5 - 1
@@ -104,6 +104,7 @@ def main():
     add("--out", default="runs/features.pt", help="file to write (default: %(default)s)")
     add("--steps", type=bounded(int, 1), default=1000, help="optimiser steps (default: 1000)")
     add("--batch-size", type=bounded(int, 2), default=128, help="images (default: 128)")
+    add("--width", type=bounded(float, 0.1), default=1.0, help="times the channels and features (default: 1)")
     add("--seed", type=bounded(int, 0), default=0, help="(default: 0)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     args = parser.parse_args()
@@ -115,7 +116,7 @@ def main():
     images = torch.cat(list(tqdm(batches, unit="batch", desc=f"reading {args.data}"))).permute(0, 3, 1, 2)
     labels, held_out = torch.from_numpy(data.labels), torch.arange(len(images)) % 5 == 0
     torch.manual_seed(args.seed)
-    net = Classifier(data.classes).to(device)
+    net = Classifier(data.classes, args.width).to(device)
     train_net(net, images[~held_out], labels[~held_out], args.steps, args.batch_size, device)
     net.cpu().eval().requires_grad_(False)
     save_net(net, args.out)
