@@ -662,7 +662,8 @@ def fetch_released(name):
 def class_index(flag, word, names, num_classes):
     """Index of a class given as index or name, in any case and Unicode form."""
     plain = lambda name: unicodedata.normalize("NFKC", name).casefold()  # noqa: E731
-    same = [i for i, name in enumerate(names) if name == word or plain(name) == plain(word)]
+    same = [i for i, name in enumerate(names) if name == word]
+    same += [i for i, name in enumerate(names) if plain(name) == plain(word)]
     if same:
         return same[0]
     if word.isdecimal() and int(word) < num_classes:

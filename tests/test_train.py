@@ -19,7 +19,17 @@ from in_process import run_in_process
 from test_vae import save_small_vae
 
 from model import SIZES, TransDiff, load_checkpoint, load_file
-from train import COMMON, RECIPES, Chains, holdout_mask, learning_rate, loss_inputs, make_optimizer, update_ema
+from train import (
+    COMMON,
+    RECIPES,
+    Chains,
+    fit_accumulate,
+    holdout_mask,
+    learning_rate,
+    loss_inputs,
+    make_optimizer,
+    update_ema,
+)
 from vae import Images, encode_images, load_vae
 
 # ------------------------------------------------------------------------------------------ chains and draws
@@ -102,6 +112,23 @@ def test_the_random_numbers_of_a_chain_depend_on_its_seed_alone():
     assert [tuple(x.shape) for x in four] == [(4, 4, 8, 8, 8), (4, 8), (4, 8, 8, 8, 8), (4,)]
     assert all(torch.equal(a[2:3], b) for a, b in zip(four, one))
     assert four[1].unique().numel() == 32
+
+
+@pytest.mark.parametrize("refs", [1, 4])
+def test_held_out_images_are_never_trained_on(refs):
+    cache = fake_cache([400, 500])
+    held_out = holdout_mask(900, 0.1)
+    assert 60 < held_out.sum() < 120 and np.array_equal(holdout_mask(500, 0.1), held_out[:500])
+    chains = Chains(cache, refs, 10, seed=0, images=np.flatnonzero(~held_out))
+    seen = np.unique(np.concatenate([chains.indices(step).ravel() for step in range(300)]))
+    assert not held_out[seen].any() and len(seen) == (~held_out).sum()
+
+
+@pytest.mark.parametrize(
+    "local_batch,fits,expected", [(256, 32, 8), (256, 2048, 1), (256, 33, 8), (6, 1, 2), (64, 0.5, 64)]
+)
+def test_a_batch_is_cut_until_it_fits_or_cannot_be_halved(local_batch, fits, expected):
+    assert fit_accumulate(local_batch, fits) == expected
 
 
 def test_the_random_numbers_have_the_distributions_asked_for():
@@ -299,6 +326,17 @@ def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(project, comm
     shutil.copy("killed/ema.pt", "killed/last.pt")
     run_in_process("train.py --out killed --resume", expect=2)
     assert "killed/last.pt: not the last.pt of a run" in capsys.readouterr().err
+
+
+def test_the_loss_of_held_out_images_is_logged_and_does_not_depend_on_a_stop(project):
+    flags = "--data cache --batch-size 8 --log-every 1 --holdout 0.3 --sample-every 2 --cooldown 0"
+    run_in_process(f"train.py {flags} --steps 4 --out whole")
+    run_in_process(f"train.py {flags} --steps 3 --out stopped")
+    run_in_process("train.py --resume --steps 4 --out stopped")
+    whole, stopped = ([row["holdout_loss"] for row in read_log(run)] for run in ("whole", "stopped"))
+    assert [bool(value) for value in whole] == [False, True, False, True]  # where pictures are drawn
+    assert float(whole[3]) > 0 and stopped[1] == whole[1] and stopped[3] == whole[3]
+    run_in_process("train.py --resume --steps 5 --holdout 0.2 --out whole", expect=2)
 
 
 def test_chains_of_16_are_resumed_without_naming_their_length(project, capsys, garments):

@@ -23,8 +23,19 @@ from test_vae import save_small_vae
 
 import diversity
 import sample
+import train
 from model import SAMPLING, SIZES, TransDiff, load_checkpoint, load_file
-from vae import AutoencoderKL, Images, LatentCache, center_crop, encode_images, from_uint8, load_vae, read_image
+from vae import (
+    AutoencoderKL,
+    Images,
+    LatentCache,
+    center_crop,
+    encode_images,
+    from_uint8,
+    load_vae,
+    lock_folder,
+    read_image,
+)
 
 DEMO = ROOT / "demo"
 
@@ -188,11 +199,14 @@ def test_an_encoding_that_was_killed_and_resumed_gives_the_same_bytes(tmp_path, 
     assert "killed.partial: unfinished, of other inputs or settings" in capsys.readouterr().err
     run_in_process("train.py --data killed", expect=2)
     assert "killed: unfinished; repeat the command" in capsys.readouterr().err
-    run_in_process(f"vae.py {flags} 4 --out killed")
-    assert not Path("killed.partial").exists()
-    assert_same_bytes(
-        "whole", "killed", ["moments.bin", "labels.npy", "cache.json", "skipped.txt", "reconstructions.png"]
-    )
+    shutil.copytree("killed.partial", "cut.partial")
+    os.truncate("cut.partial/moments.bin", 1000)
+    for name in ("killed", "cut"):
+        run_in_process(f"vae.py {flags} 4 --out {name}")
+        assert not Path(f"{name}.partial").exists()
+        files = ["moments.bin", "labels.npy", "cache.json", "skipped.txt", "reconstructions.png", "vae.pt"]
+        assert_same_bytes("whole", name, files)
+    assert "cut.partial/moments.bin is cut short: encoding starts over" in capsys.readouterr().out
 
 
 def assert_same_bytes(a, b, names):
@@ -288,6 +302,11 @@ def test_damaged_and_foreign_checkpoints_are_refused(small, refused):
     check("not a readable TransDiff model")
     save_with(lambda weights: None, config={**state["config"], "refs": 3})
     check("refs 3")
+    for change in (dict(heads=0), dict(width=-160), dict(num_classes=None), dict(ar_depth=10**6), dict(other=1)):
+        save_with(lambda weights: None, config={**state["config"], **change})
+        check("not a readable TransDiff model")
+    save_with(lambda weights: weights.update({"\x1b[31m" + "x" * 10**6: torch.zeros(1)}))
+    check("not a readable TransDiff model")
     assert "--refs 4: this model draws chains of 1 to 1 images" in refused("sample.py --ckpt run/ema.pt --refs 4")
     assert "run/ema.pt: not a readable VAE" in refused("sample.py --ckpt run/ema.pt --vae run/ema.pt")
     assert "vae.pt: not a readable TransDiff model" in refused("sample.py --ckpt vae.pt")
@@ -414,6 +433,61 @@ def test_ctrl_c_is_one_line(small, monkeypatch, capsys):
     assert "vae.py: interrupted" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("folder,line", [
+    ("new.partial", "vae.py encode --data source.npz --vae vae.pt --out new"),
+    ("runs/train", "train.py --data cache --steps 1 --batch-size 4"),
+    ("s.npz.partial", "sample.py --ckpt run --num 4 --steps 1 --out s.npz"),
+])  # fmt: skip
+def test_a_second_writer_is_refused(folder, line, small, command):
+    with lock_folder(Path(folder)):  # of this process; the command is another one
+        assert f"{folder}: another process is writing here" in command(line, expect=2)[1]
+    command(line)
+
+
+@pytest.mark.parametrize("line,dataset", [
+    ("train.py --data cache --steps 9 --batch-size 4 --workers 1", train.Chains),
+    ("vae.py encode --data source.npz --vae vae.pt --out new --workers 1", Images),
+])  # fmt: skip
+def test_a_reader_that_is_killed_is_one_line(line, dataset, small, monkeypatch, capfd):
+    monkeypatch.setattr(dataset, "__getitem__", lambda self, i: os.kill(os.getpid(), signal.SIGKILL))
+    run_in_process(line, expect=2)
+    assert "a process that reads data died or hangs" in capfd.readouterr().err
+
+
+# torchrun TWO_RANKS train.py ...: the second rank gets one flag more
+OTHER_FLAGS = """
+import os, runpy, sys
+sys.argv = sys.argv[1:] + ["--lr", "1"] * (os.environ["RANK"] == "1")
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_ranks_with_different_flags_are_refused(small, command):
+    Path("other.py").write_text(OTHER_FLAGS)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541")
+    script = [small / "other.py", ROOT / "train.py", "--data", "cache", "--steps", "2", "--batch-size", "4"]
+    _, err = command(script, expect=1, launcher=launcher)  # torchrun's own status
+    assert "torchrun: the ranks differ: lr 0.002 on rank 0, 1.0 on rank 1" in err
+    assert not Path("runs/train/last.pt").exists()
+
+
+def test_pipes_are_not_images_and_odd_names_are_printable(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["line\nbreak", "\x1b[31mred", os.fsdecode(b"\xff\xfe")]
+    for name in names:
+        Path("photos", name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(Path("photos", name, "a.png"))
+    os.mkfifo("photos/line\nbreak/pipe.jpg")
+    save_small_vae("vae.pt")
+    run_in_process("vae.py encode --data photos --vae vae.pt --out cache")
+    assert len(LatentCache("cache")) == 3
+    run_in_process("train.py --data cache --steps 1 --batch-size 3")
+    run_in_process("sample.py --ckpt runs/train --class 1 --n 1 --steps 1")
+    out = capsys.readouterr().out
+    assert "line\\nbreak" in out and "\\udcff" in out and "\x1b" not in out
+
+
 # ------------------------------------------------------------------------------------------ limits
 
 
@@ -455,7 +529,7 @@ def synthetic_cache(path, n):
         f.truncate(2 * int(np.prod(shape)))
     np.save(path / "labels.npy", np.arange(n) % 1000)
     classes = [str(i) for i in range(1000)]
-    record = dict(shape=shape, classes=classes, scale=1.0, image_size=32, vae="", vae_digest="")
+    record = dict(shape=shape, classes=classes, scale=1.0, image_size=32, vae_digest="")
     (path / "cache.json").write_text(json.dumps(record))
 
 

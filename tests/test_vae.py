@@ -2,15 +2,19 @@
 
 import json
 import pickle
+import re
+import signal
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from in_process import run_in_process
 from PIL import Image
 
-from vae import ARCHS, DEMO_DATA, AutoencoderKL, Images, LatentCache, atomic_write, center_crop, encode_images
-from vae import from_uint8, latent_std, load_vae, plot, sample_posterior, to_uint8
+from model import load_file
+from vae import ARCHS, DEMO_DATA, DEMO_VAE, AutoencoderKL, Images, LatentCache, atomic_write, center_crop, class_index
+from vae import encode_images, from_uint8, latent_std, load_vae, plot, sample_posterior, to_uint8
 
 
 def gradient(height, width):
@@ -296,6 +300,57 @@ def test_an_unreadable_image_is_named_also_by_a_worker(tmp_path, monkeypatch, ca
         error = capfd.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("vae.py: tree/c/1.jpg: not a readable image")
         assert not (tmp_path / "cache").exists()
+
+
+# python SCRIPT vae.py train ...: killed after the first checkpoint, which is after step 500.
+KILL_TRAINING = """
+import os, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import vae
+atomic_write = vae.atomic_write
+vae.atomic_write = lambda *args: atomic_write(*args) or os.kill(os.getpid(), 9)
+vae.run_main(vae.main)
+"""
+
+
+def test_a_vae_that_was_killed_and_resumed_equals_one_that_was_not(tmp_path, command, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ARCHS, "small", dict(channels=4, multipliers=(1, 1), blocks=1, z_channels=2))
+    np.savez("s.npz", images=np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8), labels=[0] * 20)
+    flags = "train --data s.npz --image-size 4 --steps 502 --batch-size 2 --out"
+    run_in_process(f"vae.py {flags} whole.pt")
+    small = 'vae.ARCHS["small"] = dict(channels=4, multipliers=(1, 1), blocks=1, z_channels=2)\nvae.run_main'
+    (tmp_path / "kill.py").write_text(KILL_TRAINING.replace("vae.run_main", small))
+    command([tmp_path / "kill.py", ROOT / "vae.py", *flags.split(), "killed.pt"], expect=-signal.SIGKILL)
+    assert (tmp_path / "killed.pt.partial").exists() and not (tmp_path / "killed.pt").exists()
+    run_in_process(f"vae.py {flags} killed.pt")
+    a, b = (load_file(f"{name}.pt")["model"] for name in ("whole", "killed"))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path / "killed.pt.partial").exists()
+    capsys.readouterr()
+    for out in ("whole.pt", "picture.png"):
+        run_in_process(f"vae.py {flags} {out}", expect=2)
+        assert f"--out {out}: is there already, or is a picture's name" in capsys.readouterr().err
+
+
+def test_images_of_your_own_need_a_vae_of_their_own(tmp_path, garments, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("s.npz", images=garments[0], labels=garments[1])
+    for line in ("vae.py encode --data s.npz --out cache", "train.py --data s.npz"):
+        run_in_process(line, expect=2)
+        assert "--vae: name the VAE to encode s.npz with" in capsys.readouterr().err
+    run_in_process(f"vae.py encode --data s.npz --vae {DEMO_VAE} --out cache")
+    out = capsys.readouterr().out
+    assert "60 images of 10 classes: 0, 1, 2" in out and "cache/reconstructions.png" in out
+    error = float(re.search(r"mean error of the VAE (\S+) of 2", out)[1])
+    images, vae = garments[0][:, :, :, None].repeat(3, 3), load_vae(DEMO_VAE)
+    decoded = to_uint8(vae.decode(vae.encode(from_uint8(images))[0]))
+    assert error == pytest.approx(np.abs(images / 127.5 - decoded / 127.5).mean(), rel=0.3)  # of 16 of the images
+
+
+@pytest.mark.parametrize("word,index", [("Straße", 0), ("STRASSE", 0), ("cafe\u0301", 1), ("a", 2), ("A", 3), ("4", 4)])
+def test_classes_are_found_whatever_their_case_and_unicode_form(word, index):
+    assert class_index("--class", word, ["straße", "Café", "a", "A", "e"], 5) == index
 
 
 def test_train_and_encode(tmp_path, garments, command):
