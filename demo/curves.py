@@ -31,7 +31,7 @@ def distance(name, flags):
         run(f"sample.py --num 500 --out {samples} {flags}")
         net = ROOT / "demo" / "features.pt"
         run(f"fid.py --samples {samples} --ref {DEMO_DATA} --net {net} --json {result}")
-    return json.loads(result.read_text())["fid"]
+    return json.loads(result.read_text())["frechet_distance"]
 
 
 def main():
