@@ -227,6 +227,17 @@ def test_every_parameter_has_a_gradient(refs):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("refs", [1, 4])
+def test_loss_and_samplers_never_wait_for_the_device(refs):
+    """On the meta device .item() is an error, and so is a tensor left on the CPU."""
+    with torch.device("meta"):
+        model = TransDiff(dataclasses.replace(SMALL, refs=refs)).train()
+        latents, labels = torch.empty(3, refs, *model.config.latent_shape), torch.zeros(3, dtype=torch.int64)
+    model.loss(latents, labels, batch_mul=2).backward()
+    for sampler in ("euler-maruyama", "adams-bashforth"):
+        assert model.sample(labels, steps=2, sampler=sampler).is_meta
+
+
 def test_timestep_embedding_is_cosines_then_sines():
     e = timestep_embedding(torch.tensor([0.25]))[0]
     assert e.shape == (256,)
