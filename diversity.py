@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import load_checkpoint
-from vae import DEMO_MODEL, bounded, check_output_path, class_index, derive_seed, per_image_noise, pick_device, run_main
+from vae import DEMO_MODEL, bounded, class_index, derive_seed, per_image_noise, pick_device, run_main
 from vae import save_picture
 
 
@@ -75,7 +75,6 @@ def main():
     add("--batch-size", type=count, default=64, help="chains drawn at once (default: 64)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     args = parser.parse_args()
-    check_output_path("--out", args.out)
     args.device = pick_device(args.device)
 
     table = csv.writer(sys.stdout, lineterminator="\n")

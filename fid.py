@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from model import readable
-from vae import Images, atomic_write, bounded, check_output_path, fetch, pick_device, run_main, sha256_prefix
+from vae import Images, atomic_write, bounded, fetch, pick_device, run_main, sha256_prefix
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
@@ -179,9 +179,6 @@ def parse():
         raise ValueError(f"--ref {args.ref}: no such file or folder")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise ValueError(f"--save-stats {args.save_stats}: must end in .npz")
-    for flag, path in (("--json", args.json), ("--save-stats", args.save_stats)):
-        if path:
-            check_output_path(flag, path)
     return args
 
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import SIZES, TransDiff, load_file, load_state, t_from_normal
-from vae import DEMO_DATA, RANK, WORLD, Images, LatentCache, atomic_write, autocast, bounded, check_output_path
+from vae import DEMO_DATA, RANK, WORLD, Images, LatentCache, atomic_write, autocast, bounded
 from vae import derive_seed, encode_images, latents_to_images, load_vae, lock_folder, name_vae, per_image_noise
 from vae import pick_device, pick_dtype, plot, run_main, sample_posterior, save_grid, sha256_prefix
 
@@ -34,7 +34,6 @@ from vae import pick_device, pick_dtype, plot, run_main, sample_posterior, save_
 COMMON = dict(weight_decay=0.02, clip=3.0, t="logit-normal", seed=0, holdout=0.0, log_every=50, workers=0)
 PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
 DEMO = dict(warmup=1 / 16, cooldown=1 / 2, batch_mul=1, ema=0.998, sample_every=500, save_every=500)
-LOADER_TIMEOUT = 600  # seconds that a batch may take to read: a worker that hangs is an error
 RECIPES = {
     "1-step": dict(PAPER, epochs=800, lr=8e-4, warmup=1 / 8, batch_mul=4),
     # The release trains this with bf16 weights, which take up few of the small updates: another lr may suit float32.
@@ -147,17 +146,17 @@ def train(args):
     args = resolve_flags(args, last, device)
     cache = open_cache(args, device)
     model, ema, optimizer, config = build(args, cache, last, device)
-    held_out = holdout_mask(len(cache), args.holdout)
-    images = np.flatnonzero(~held_out)
+    images = np.flatnonzero(~holdout_mask(len(cache), args.holdout))
     chains = Chains(cache, config.refs, args.batch_size, args.seed, RANK, WORLD, images)
     args.steps = args.steps or math.ceil(args.epochs * chains.chains_per_epoch / args.batch_size)
-    refuse_unequal_ranks(args, cache)
+    if WORLD > 1:
+        refuse_unequal_ranks(args, cache)
     run = Run(args, chains, model, ema, optimizer, last, device)
     del last  # four times the size of the model
     if run.step >= args.steps:
         return run.finish(f"complete at step {run.step}, nothing to do")
     options = dict(num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-    options |= dict(timeout=LOADER_TIMEOUT * (args.workers > 0))
+    options["timeout"] = 600 * (args.workers > 0)  # seconds: a worker that hangs is an error
     batches = torch.utils.data.DataLoader(chains, batch_size=None, sampler=range(run.step, args.steps), **options)
     forward = parallelize(model, args, device)
     local_batch = args.batch_size // WORLD
@@ -190,15 +189,13 @@ def train(args):
 
 # ---------------------------------------------------------------------------------------------- before the loop
 def setup(args):
-    """Check --out, pick the device, start the process group. Returns (device, last.pt or None)."""
-    check_output_path("--out", args.out, folder=True)
+    """Pick the device, start the process group. Returns (device, last.pt or None)."""
     path = Path(args.out, "last.pt")
     if path.exists() and not args.resume:
         raise ValueError(f"{path} exists: --resume continues that run; else give another --out, or remove {args.out}")
     device = pick_device(args.device)
     if WORLD > 1:  # timeout of a day: ranks wait while rank 0 encodes images
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        device_id = device if device.type == "cuda" else None
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=device_id)
     # cuDNN's attention, which 2.11 prefers on H100, may round the dropout rate and give NaN gradients under a mask
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -213,12 +210,9 @@ def resolve_flags(args, last, device):
     """All flags of the run: the recipe's, over them those of the resumed run, over them those of the command line."""
     given = {k: v for k, v in vars(args).items() if v is not None}
     before = last["args"] if last else {}
-    size = given.get("size") or before.get("size", "XS")
-    # finetune_mrar.py without --refs: as the resumed run, else 4
-    refs = given.get("refs") or max(4, before.get("refs", 4))
-    only_decoder = given.get("only_decoder", before.get("only_decoder", False))
-    if "epochs" in given:
-        before = dict(before, steps=None)
+    size, only_decoder = (given.get(k, before.get(k, v)) for k, v in (("size", "XS"), ("only_decoder", False)))
+    refs = given.get("refs") or max(4, before.get("refs", 4))  # finetune_mrar.py without --refs: as before, else 4
+    before = before | dict(steps=None) if "epochs" in given else before
     start = load_file(args.init) if args.init and not last else None
     if isinstance(start, dict) and {"args", "config"} <= start.keys():  # a last.pt: continue on its data
         before = {"data": start["args"]["data"]}
@@ -229,10 +223,8 @@ def resolve_flags(args, last, device):
     args = argparse.Namespace(**(vars(args) | recipe | before | given | resolved))
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     args.accumulate = args.accumulate or fit_accumulate(args.batch_size // WORLD, MICRO_BATCH[size] * memory / 80e9)
-    parts = WORLD * args.accumulate
-    if args.batch_size % parts:
-        multiple = -(-args.batch_size // parts) * parts
-        needs = f"must be a multiple of {WORLD} processes x --accumulate {args.accumulate}, e.g. {multiple}"
+    if args.batch_size % (WORLD * args.accumulate):
+        needs = f"must be a multiple of {WORLD} processes x --accumulate {args.accumulate}"
         raise ValueError(f"--batch-size {args.batch_size}: {needs}")
     if only_decoder and not (args.init or args.resume):
         raise ValueError("--only-decoder: needs --init, the model whose AR Transformer it keeps")
@@ -303,17 +295,14 @@ def refuse_another_run(args, config, cache, last):
 
 def refuse_unequal_ranks(args, cache):
     """Refuse a launch whose ranks, perhaps on several machines, do not train the same model on the same data."""
-    if WORLD > 1:
-        own = ("out", "data", "vae", "init", "device", "workers", "accumulate", "compile")  # may differ
-        ours = {k: v for k, v in vars(args).items() if k not in own}
-        ranks = [None] * WORLD
-        dist.all_gather_object(ranks, ours | cache.info | dict(torch=torch.__version__))
-        for rank, theirs in enumerate(ranks):
-            different = [
-                f"{k} {ranks[0][k]} on rank 0, {v} on rank {rank}" for k, v in theirs.items() if v != ranks[0][k]
-            ]
-            if different:
-                raise ValueError(f"torchrun: the ranks differ: {'; '.join(different)}")
+    may_differ = ("out", "data", "vae", "init", "device", "workers", "accumulate", "compile")
+    ours = {k: v for k, v in vars(args).items() if k not in may_differ} | cache.info | dict(torch=torch.__version__)
+    ranks = [None] * WORLD
+    dist.all_gather_object(ranks, ours)
+    for rank, theirs in enumerate(ranks):
+        different = [f"{k} {v} on rank 0, {theirs[k]} on rank {rank}" for k, v in ranks[0].items() if theirs[k] != v]
+        if different:
+            raise ValueError(f"torchrun: the ranks differ: {'; '.join(different)}")
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ The last section is shared by all scripts: writing files, arguments, devices, er
 
 import argparse
 import errno
+import functools
 import hashlib
 import http.client
 import json
@@ -47,13 +48,12 @@ ARCHS = {  # kl16: the paper's, 256 px -> 16 x 16 x 16; small: the demo's, 32 px
 
 
 # ---------------------------------------------------------------------------------------------- the autoencoder
+conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+
+
 def norm(channels):
     # 32 groups as in LDM, but at least 4 channels each: groups of one would remove a map's mean, the brightness
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
-
-
-def conv3(cin, cout):
-    return nn.Conv2d(cin, cout, 3, padding=1)
 
 
 class ResnetBlock(nn.Module):
@@ -121,15 +121,15 @@ def encoder(channels, multipliers, blocks, z_channels):
 
 def decoder(channels, multipliers, blocks, z_channels):
     """[B, z_channels, h, w] -> [B, 3, f h, f w]. One block a level more than the encoder; no attention in levels."""
-    levels, top = OrderedDict(), channels * multipliers[-1]
-    cin = top
-    for i, m in reversed(list(enumerate(multipliers))):  # LDM counts levels from the pixels: up.0 runs last
-        cout = channels * m
+    levels, cin = {}, channels * multipliers[-1]
+    for i in reversed(range(len(multipliers))):  # LDM counts levels from the pixels: up.0 runs last
+        cout = channels * multipliers[i]
         up = sequence(enlarge=nn.Upsample(scale_factor=2.0), conv=conv3(cout, cout))
         levels[str(i)] = Level(cin, cout, blocks + 1, upsample=up if i > 0 else None)
         cin = cout
     ends = dict(norm_out=norm(cin), silu=nn.SiLU(), conv_out=conv3(cin, 3))
-    return sequence(conv_in=conv3(z_channels, top), mid=middle(top), up=nn.Sequential(levels), **ends)
+    top = channels * multipliers[-1]
+    return sequence(conv_in=conv3(z_channels, top), mid=middle(top), up=sequence(**levels), **ends)
 
 
 class AutoencoderKL(nn.Module):
@@ -206,7 +206,6 @@ def from_uint8(images):
 
 
 # ---------------------------------------------------------------------------------------------- images
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -217,9 +216,8 @@ def read_image(path):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
         return image.convert("RGB")
 
 
@@ -227,9 +225,7 @@ def center_crop(image, size):
     """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while twice too large, then bicubic, centre square."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    ratio = size / min(image.size)
-    new_size = [max(size, round(side * ratio)) for side in image.size]
-    image = image.resize(new_size, Image.Resampling.BICUBIC)
+    image = ImageOps.cover(image, (size, size), Image.Resampling.BICUBIC)
     x, y = (image.width - size) // 2, (image.height - size) // 2
     return np.array(image.crop((x, y, x + size, y + size)))
 
@@ -243,30 +239,26 @@ def image_files(root):
     paths = []
     for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [d for d in folders if not d.startswith(".")]
-        names = [f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
-        paths += [path for path in (os.path.join(folder, f) for f in names) if os.path.isfile(path)]  # no pipe
-    return sorted(paths, key=os.fsencode)
+        paths += [os.path.join(folder, f) for f in files if f.lower().endswith(IMAGE_SUFFIXES) and f[0] != "."]
+    return sorted(filter(os.path.isfile, paths), key=os.fsencode)
 
 
 def read_folder(root, labelled):
     """(paths below root as bytes [N], labels [N], class names); labelled: the classes are the sorted subfolders."""
     names = [""]
     if labelled:
-        above = Path(os.path.realpath(root), "x").parents  # a link to one of these would be a cycle
-        folders = [d for d in os.scandir(root) if os.path.isdir(d) and not d.name.startswith(".")]
-        names = sorted(d.name for d in folders if Path(os.path.realpath(d)) not in above)
-    paths = [image_files(os.path.join(root, name)) for name in names]
+        above = (root.resolve() / "x").parents  # a link to one of these would be a cycle
+        folders = [d for d in root.iterdir() if d.is_dir() and d.name[0] != "."]
+        names = sorted(d.name for d in folders if d.resolve() not in above)
+    paths = [image_files(root / name) for name in names]
     empty = [name for name, files in zip(names, paths) if not files]
     if empty:
-        raise ValueError(f"{Path(root, empty[0])}: no images in this folder; remove it or fill it")
+        raise ValueError(f"{root / empty[0]}: no images in this folder; remove it or fill it")
     if not names:
         raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>")
     labels = np.repeat(np.arange(len(names)), [len(files) for files in paths])
-    return (
-        np.array([os.fsencode(os.path.relpath(p, root)) for files in paths for p in files]),
-        labels,
-        [printable(n) for n in names],
-    )
+    items = np.array([os.fsencode(os.path.relpath(p, root)) for files in paths for p in files])
+    return items, labels, [printable(name) for name in names]
 
 
 def read_npz(path, labelled):
@@ -301,7 +293,7 @@ class Images(torch.utils.data.Dataset):
         self.folder = self.path.is_dir()
         if not self.folder and not (self.path.suffix == ".npz" and self.path.is_file()):
             raise ValueError(f"{path}: no such folder or .npz of images")
-        self.items, self.labels, self.classes = (read_folder if self.folder else read_npz)(path, labelled)
+        self.items, self.labels, self.classes = (read_folder if self.folder else read_npz)(self.path, labelled)
         self.shape = (size, size) if self.crop else self.open(0).size[::-1]
         # file names of a folder, checksums of an .npz: a file replaced under its name is not noticed
         contents = self.items.tobytes() if self.folder else [m.CRC for m in zipfile.ZipFile(path).infolist()]
@@ -450,8 +442,6 @@ class LatentCache:
             self.labels = y = np.load(path / "labels.npy", allow_pickle=False)
             if y.shape != shape[:1] or y.dtype != np.int64 or y.min() < 0 or y.max() >= len(self.classes):
                 raise ValueError("labels.npy does not fit the latents and classes of cache.json")
-            if not 0 < self.scale < math.inf:
-                raise ValueError(f"its scale is {self.scale}")
 
     def __reduce__(self):
         return LatentCache, (self.path,)  # a loader's worker maps the file itself
@@ -463,7 +453,6 @@ class LatentCache:
 # ---------------------------------------------------------------------------------------------- commands
 def train(args):
     """Train an autoencoder by L1 + KL: LDM's losses without the perceptual and GAN terms. Run again to resume."""
-    check_output_path("--out", args.out)
     if Path(args.out).exists() or Path(args.out).suffix == ".png":
         raise ValueError(f"--out {args.out}: is there already, or is a picture's name; give another")
     device = pick_device(args.device)
@@ -537,7 +526,6 @@ def latent_std(vae, images, device, pixels=2**24):
 
 def encode(args):
     """Encode images into a latent cache, with a picture of reconstructions beside originals."""
-    check_output_path("--out", args.out, folder=True)
     device = pick_device(args.device)
     vae = load_vae(name_vae(args.vae, args.data), device)
     images = Images(args.data, args.image_size or vae.image_size)
@@ -607,16 +595,6 @@ def read_record(path, settings):
     return record
 
 
-def check_output_path(flag, path, folder=False):
-    """Refuse, before any work is done, a path that cannot become a file (or a folder)."""
-    path = Path(path)
-    if path.is_dir() and not folder or path.is_file() and folder:
-        raise ValueError(f"{flag} {path}: is a {'file' if folder else 'folder'}; give another name")
-    parent = next(p for p in [path if folder else path.absolute().parent, *path.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{flag} {path}: {parent} is not a folder that can be written to; give another")
-
-
 def lock_folder(path):
     """Make a folder and hold its lock file while the result is open; refuses a folder that another process holds."""
     path.mkdir(parents=True, exist_ok=True)
@@ -661,16 +639,13 @@ def fetch_released(name):
 
 def class_index(flag, word, names, num_classes):
     """Index of a class given as index or name, in any case and Unicode form."""
-    plain = lambda name: unicodedata.normalize("NFKC", name).casefold()  # noqa: E731
-    same = [i for i, name in enumerate(names) if name == word]
-    same += [i for i, name in enumerate(names) if plain(name) == plain(word)]
-    if same:
-        return same[0]
+    plain, *plain_names = (unicodedata.normalize("NFKC", name).casefold() for name in (word, *names))
+    if word in names or plain in plain_names:
+        return names.index(word) if word in names else plain_names.index(plain)
     if word.isdecimal() and int(word) < num_classes:
         return int(word)
-    raise ValueError(
-        f"{flag} {word}: this model has classes 0 to {num_classes - 1}" + f": {shorten(names)}" * bool(names)
-    )
+    listed = f": {shorten(names)}" if names else ""
+    raise ValueError(f"{flag} {word}: this model has classes 0 to {num_classes - 1}{listed}")
 
 
 def shorten(names, n=20):

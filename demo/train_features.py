@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from vae import DEMO_DATA, Images, atomic_write, bounded, check_output_path, pick_device, run_main  # noqa: E402
+from vae import DEMO_DATA, Images, atomic_write, bounded, pick_device, run_main  # noqa: E402
 
 
 class Conv(nn.Conv2d):
@@ -108,7 +108,6 @@ def main():
     add("--seed", type=bounded(int, 0), default=0, help="(default: 0)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     args = parser.parse_args()
-    check_output_path("--out", args.out)
     device, data = pick_device(args.device), Images(args.data, 32)
     if len(data) < 2:
         raise ValueError(f"--data {args.data}: one image is not enough to train on")
