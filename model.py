@@ -145,10 +145,6 @@ class CrossAttention(nn.Module):
         self.heads, self.dropout = config.heads, nn.Dropout(config.dropout)
         self.wq, self.wk, self.wv, self.proj = (nn.Linear(config.width, config.width) for _ in range(4))
 
-    def keys_values(self, c):
-        """c [B, K, D] -> keys and values, each [B, K, D]: they depend on neither t nor the noise."""
-        return self.wk(c), self.wv(c)
-
     def forward(self, x, keys, values, mask=None):
         """x [B, Q, D] against keys, values [B, K, D]; mask bool [Q, K] -> [B, Q, D]."""
         x = attention(self.wq(x), keys, values, self.heads, mask, self.dropout.p * self.training)
@@ -198,14 +194,14 @@ class ARTransformer(nn.Module):
 
     def forward(self, labels, references=None):
         """labels [B], num_classes = null; references [B, k, C, H, W], k < refs -> [B, (k + 1) tokens_per_image, D]."""
-        config, B = self.config, len(labels)
+        config = self.config
         embedding = F.embedding(labels, torch.cat([self.class_embedding.weight, self.null_class]))
         class_tokens = embedding[:, None].expand(-1, config.class_tokens, -1)  # C of Eq. 9: one embedding, 64 times
-        mask_tokens = self.mask_tokens.expand(B, config.tokens_per_image, -1)
-        x = torch.cat([class_tokens, mask_tokens], dim=1)  # Eq. 9: [C, Mask]
+        mask_tokens = self.mask_tokens.expand(len(labels), config.tokens_per_image, -1)
+        inputs = [class_tokens, mask_tokens]  # Eq. 9: [C, Mask]
         if references is not None and references.shape[1]:
-            reference_tokens = self.reference_proj(self.patchify(references)).to(x.dtype)
-            x = torch.cat([x, reference_tokens], dim=1)  # Eq. 11: [C, Mask, x_0, x_1, ...]
+            inputs.append(self.reference_proj(self.patchify(references)))  # Eq. 11: [C, Mask, x_0, x_1, ...]
+        x = torch.cat(inputs, dim=1)
         S = x.shape[1]
         x = self.norm_in(x + self.positions[:, :S])
         # refs = 1 needs no mask, and the faster kernels apply
@@ -216,10 +212,8 @@ class ARTransformer(nn.Module):
 
     def patchify(self, references):
         """[B, k, C, H, W] -> [B, k tokens_per_image, C p p], each patch in the order channel, row, column."""
-        B, k, C, H, W = references.shape
-        p = self.config.patch
-        x = references.reshape(B, k, C, H // p, p, W // p, p).permute(0, 1, 3, 5, 2, 4, 6)
-        return x.reshape(B, -1, C * p * p).contiguous()  # contiguous: the same rounding for a slice and for a copy
+        x = F.pixel_unshuffle(references, self.config.patch).flatten(3)  # [B, k, C p p, tokens_per_image]
+        return x.transpose(2, 3).flatten(1, 2).contiguous()  # contiguous: the same rounding for a slice and for a copy
 
 
 class DiTBlock(nn.Module):
@@ -272,7 +266,7 @@ class DiT(nn.Module):
     def keys_values(self, c):
         """c [B, K, D] -> (keys, values) of every block: computed once a condition, not once a step or a draw of t."""
         c = self.cond_proj(c)
-        return [block.attn2.keys_values(c) for block in self.blocks]
+        return [(block.attn2.wk(c), block.attn2.wv(c)) for block in self.blocks]
 
     def forward(self, x, t, keys_values, mask=None):
         """x [B M, C, H, W], t [B M] or [1] in [0, 1], keys_values of c, mask bool [M, K] -> velocity [B M, C, H, W]."""
@@ -459,9 +453,8 @@ class TransDiff(nn.Module):
         cfg = settings.pop("cfg")
         cfg = cfg if isinstance(cfg, list) else [cfg] * refs
         if not 1 <= refs <= config.refs or len(cfg) < refs:
-            raise ValueError(
-                f"refs {refs}, cfg {cfg}: the model draws chains of 1 to {config.refs}, and takes a cfg for each image"
-            )
+            expected = f"chains of 1 to {config.refs}, and takes a cfg for each image"
+            raise ValueError(f"refs {refs}, cfg {cfg}: the model draws {expected}")
         if noise is None:
             noise = noise_sampler(torch.empty(len(labels), *config.latent_shape, device=labels.device))
         chain = noise[:, None][:, :0] if references is None else references  # no images yet: [B, 0, C, H, W]

@@ -145,16 +145,14 @@ def train(args):
     device, last = setup(args)
     args = resolve_flags(args, last, device)
     cache = open_cache(args, device)
-    model, ema, optimizer, config = build(args, cache, last, device)
+    model, ema, optimizer = build(args, cache, last, device)
     images = np.flatnonzero(~holdout_mask(len(cache), args.holdout))
-    chains = Chains(cache, config.refs, args.batch_size, args.seed, RANK, WORLD, images)
+    chains = Chains(cache, args.refs, args.batch_size, args.seed, RANK, WORLD, images)
     args.steps = args.steps or math.ceil(args.epochs * chains.chains_per_epoch / args.batch_size)
     if WORLD > 1:
         refuse_unequal_ranks(args, cache)
     run = Run(args, chains, model, ema, optimizer, last, device)
     del last  # four times the size of the model
-    if run.step >= args.steps:
-        return run.finish(f"complete at step {run.step}, nothing to do")
     options = dict(num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     options["timeout"] = 600 * (args.workers > 0)  # seconds: a worker that hangs is an error
     batches = torch.utils.data.DataLoader(chains, batch_size=None, sampler=range(run.step, args.steps), **options)
@@ -174,7 +172,7 @@ def train(args):
             forward.require_backward_grad_sync = i + micro_batch == local_batch  # DDP: all-reduce once a step
             part, seeds = slice(i, i + micro_batch), range(first + i, first + i + micro_batch)
             with autocast(device, run.dtype):
-                loss = forward(*loss_inputs(moments[part], labels[part], seeds, cache, config, args))
+                loss = forward(*loss_inputs(moments[part], labels[part], seeds, cache, model.config, args))
             (loss / args.accumulate).backward()
             loss_sum += loss.detach() / args.accumulate
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -210,23 +208,25 @@ def resolve_flags(args, last, device):
     """All flags of the run: the recipe's, over them those of the resumed run, over them those of the command line."""
     given = {k: v for k, v in vars(args).items() if v is not None}
     before = last["args"] if last else {}
-    size, only_decoder = (given.get(k, before.get(k, v)) for k, v in (("size", "XS"), ("only_decoder", False)))
-    refs = given.get("refs") or max(4, before.get("refs", 4))  # finetune_mrar.py without --refs: as before, else 4
-    before = before | dict(steps=None) if "epochs" in given else before
+    if "epochs" in given:
+        before = dict(before, steps=None)
     start = load_file(args.init) if args.init and not last else None
     if isinstance(start, dict) and {"args", "config"} <= start.keys():  # a last.pt: continue on its data
         before = {"data": start["args"]["data"]}
-    paper = "512 px" if only_decoder else "MRAR" if refs > 1 else "1-step"
-    recipe = COMMON | RECIPES[paper if size != "XS" else "XS MRAR" if refs > 1 else "XS 1-step"]
-    recipe |= dict(data=str(DEMO_DATA) if size == "XS" else "latents", compile=device.type == "cuda")
-    resolved = dict(size=size, refs=refs, only_decoder=only_decoder)
-    args = argparse.Namespace(**(vars(args) | recipe | before | given | resolved))
+    flags = dict(size="XS", refs=4, only_decoder=False) | before | given
+    if "refs" not in given:  # finetune_mrar.py without --refs: as the resumed run, else 4
+        flags["refs"] = max(4, flags["refs"])
+    demo, stage = flags["size"] == "XS", "MRAR" if flags["refs"] > 1 else "1-step"
+    recipe = COMMON | RECIPES[f"XS {stage}" if demo else "512 px" if flags["only_decoder"] else stage]
+    recipe |= dict(data=str(DEMO_DATA) if demo else "latents", compile=device.type == "cuda")
+    args = argparse.Namespace(**(vars(args) | recipe | flags))
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    args.accumulate = args.accumulate or fit_accumulate(args.batch_size // WORLD, MICRO_BATCH[size] * memory / 80e9)
+    fits = MICRO_BATCH[args.size] * memory / 80e9
+    args.accumulate = args.accumulate or fit_accumulate(args.batch_size // WORLD, fits)
     if args.batch_size % (WORLD * args.accumulate):
         needs = f"must be a multiple of {WORLD} processes x --accumulate {args.accumulate}"
         raise ValueError(f"--batch-size {args.batch_size}: {needs}")
-    if only_decoder and not (args.init or args.resume):
+    if args.only_decoder and not (args.init or args.resume):
         raise ValueError("--only-decoder: needs --init, the model whose AR Transformer it keeps")
     return args
 
@@ -261,14 +261,17 @@ def open_cache(args, device):
 
 
 def build(args, cache, last, device):
-    """(model, ema, optimizer, config): new, from --init, or as last.pt has them."""
+    """(model, ema, optimizer): new, from --init, or as last.pt has them."""
     channels, size, _ = cache.latent_shape
     shape = dict(refs=args.refs, num_classes=len(cache.classes), latent_channels=channels, latent_size=size)
     config = dataclasses.replace(SIZES[args.size], **shape)
     torch.manual_seed(args.seed)
     model = TransDiff(config)
     if last:
-        refuse_another_run(args, config, cache, last)
+        here = dataclasses.asdict(config) | cache.info
+        here |= {k: vars(args)[k] for k in ("seed", "batch_size", "weight_decay", "holdout")}
+        if different := differences("{} {} there, {} here", last["args"] | last | last["config"], here):
+            raise ValueError(f"{args.out}/last.pt is of another run: {different}")
         model.load_state_dict(last["model"])
     elif args.init:
         warm_start(model, args.init, cache)
@@ -280,17 +283,12 @@ def build(args, cache, last, device):
     if last:
         ema.load_state_dict(last["model_ema"])
         optimizer.load_state_dict(last["optimizer"])
-    return model, ema, optimizer, config
+    return model, ema, optimizer
 
 
-def refuse_another_run(args, config, cache, last):
-    """Refuse to resume a run of another model, other data or other flags."""
-    here = dataclasses.asdict(config) | cache.info
-    here |= {k: vars(args)[k] for k in ("seed", "batch_size", "weight_decay", "holdout")}
-    there = last["args"] | last | last["config"]
-    different = [f"{k} {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]
-    if different:
-        raise ValueError(f"{args.out}/last.pt is of another run: {', '.join(different)}")
+def differences(form, a, b):
+    """The entries of the dict b that a does not have, or has otherwise, as text: `form` takes name, a's and b's."""
+    return ", ".join(form.format(k, a.get(k), v) for k, v in b.items() if a.get(k) != v)
 
 
 def refuse_unequal_ranks(args, cache):
@@ -300,9 +298,8 @@ def refuse_unequal_ranks(args, cache):
     ranks = [None] * WORLD
     dist.all_gather_object(ranks, ours)
     for rank, theirs in enumerate(ranks):
-        different = [f"{k} {v} on rank 0, {theirs[k]} on rank {rank}" for k, v in ranks[0].items() if theirs[k] != v]
-        if different:
-            raise ValueError(f"torchrun: the ranks differ: {'; '.join(different)}")
+        if different := differences(f"{{}} {{}} on rank 0, {{}} on rank {rank}", ranks[0], theirs):
+            raise ValueError(f"torchrun: the ranks differ: {different}")
 
 
 @torch.no_grad()
@@ -314,13 +311,13 @@ def warm_start(model, path, cache=None):
     256 -> 512 px: the decoder's positions are interpolated. Another number of classes: the class embeddings are new.
     """
     old, state, info = load_state(path)
-    new, own, fresh = model.config, model.state_dict(), set()
+    new, own = model.config, model.state_dict()
     if cache and info.get("vae_digest", cache.vae_digest) != cache.vae_digest:
         raise ValueError(f"--init {path}: trained on latents of another VAE than {cache.path}")
     log = print if RANK == 0 else lambda line: None
     if old.refs == 1 and new.refs > 1:
         state["ar.mask_tokens"] = state["ar.mask_tokens"].expand(-1, new.tokens_per_image, -1)
-        fresh |= {"ar.reference_proj.weight", "ar.reference_proj.bias"}
+        state |= {k: v for k, v in own.items() if k.startswith("ar.reference_proj.")}
         log(f"{path}: mask embedding copied into {new.tokens_per_image} mask tokens, reference projection new")
     if old.latent_size != new.latent_size and old.refs == new.refs == 1:
         grid = state["decoder.positions"].unflatten(1, (old.latent_size, -1)).permute(0, 3, 1, 2)
@@ -328,13 +325,11 @@ def warm_start(model, path, cache=None):
         state["decoder.positions"] = grid.flatten(2).transpose(1, 2)
         log(f"{path}: decoder positions interpolated, latents {old.latent_size} -> {new.latent_size}")
     if old.num_classes != new.num_classes:
-        fresh |= {"ar.class_embedding.weight"}
+        state["ar.class_embedding.weight"] = own["ar.class_embedding.weight"]
         log(f"{path}: class embeddings new, {old.num_classes} -> {new.num_classes} classes")
-    state |= {k: own[k] for k in fresh}
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-        a, b = dataclasses.asdict(old), dataclasses.asdict(new)
-        different = [f"{k} {a[k]}, not {b[k]}" for k in a if a[k] != b[k]]
-        raise ValueError(f"--init {path}: weights of another shape: {', '.join(different)}")
+        different = differences("{} {}, not {}", dataclasses.asdict(old), dataclasses.asdict(new))
+        raise ValueError(f"--init {path}: weights of another shape: {different}")
     model.load_state_dict(state)
 
 
@@ -452,13 +447,12 @@ class Run:
         for name in ["ema.pt"] + [f"ema-{self.step:07d}.pt"] * keep:
             atomic_write(self.out / name, lambda f: torch.save(dict(info, model=weights), f))
         flags = {k: v for k, v in vars(self.args).items() if k not in ("out", "resume", "init", "device", "compile")}
-        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-        state |= dict(model_ema=self.ema.state_dict(), args=flags, log=self.rows)
-        atomic_write(self.out / "last.pt", lambda f: torch.save(dict(info, **state), f))
+        last = dict(info, model=self.model.state_dict(), model_ema=self.ema.state_dict(), args=flags, log=self.rows)
+        last["optimizer"] = self.optimizer.state_dict()
+        atomic_write(self.out / "last.pt", lambda f: torch.save(last, f))
         steps, _, losses, *_, holdout = np.array(self.rows).T
-        curves, measured = {"training loss": (steps, losses)}, np.isfinite(holdout)
-        if measured.any():
-            curves["held-out loss"] = steps[measured], holdout[measured]
+        curves = {"training loss": losses, "held-out loss": holdout}
+        curves = {name: (steps[ok], y[ok]) for name, y in curves.items() if (ok := np.isfinite(y)).any()}
         plot(curves, self.out / "loss.png", "step")
 
     def draw_samples(self):
@@ -505,7 +499,6 @@ def make_parser(doc, out, recipes):
     add("--size", choices=SIZES, help="of the model (default: XS)")
     add("--data", help="latent cache, or images to encode first (default: the bundled images for XS, else ./latents)")
     add("--vae", help="VAE that encodes images; kl16: the released one (default: the bundled one for its images)")
-
     add("--image-size", type=count, help="pixels (default: the cache's, or the VAE's own)")
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add("--resume", action="store_true", help="continue from OUT/last.pt with its flags; --steps may be raised")
@@ -521,11 +514,7 @@ def make_parser(doc, out, recipes):
     add("--weight-decay", type=bounded(float, 0), help="of all outside the decoder but biases and norms")
     add("--clip", type=bounded(float, 1e-6), help="largest norm of the gradient")
     add("--ema", type=fraction, help="decay per step of the EMA weights, 0 to 1")
-    add(
-        "--t",
-        choices=["logit-normal", "uniform"],
-        help="distribution of t: the release's, or Eq. 5's; each stage has its own",
-    )
+    add("--t", choices=["logit-normal", "uniform"], help="distribution of t in this stage: the release's, or Eq. 5's")
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw")
     add("--holdout", type=fraction, help="part of the images never trained on; their loss is in log.csv, 0 to 1")
     add("--save-every", type=count, help="steps between checkpoints")

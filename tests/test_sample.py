@@ -133,7 +133,7 @@ def test_a_balanced_set_has_the_same_bytes_from_one_process_from_two_and_after_a
     arrays = np.load("one.npz")
     assert arrays["arr_0"].shape == (40, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == list(range(10)) * 4
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518", "--")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--")
     command(f"sample.py {flags} two.npz", launcher=launcher)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 

@@ -352,7 +352,7 @@ def test_chains_of_16_are_resumed_without_naming_their_length(project, capsys, g
 
 # ------------------------------------------------------------------------------------------ several processes
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 
 
 def run_on_two_ranks(line, folder):

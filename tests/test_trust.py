@@ -465,7 +465,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_ranks_with_different_flags_are_refused(small, command):
     Path("other.py").write_text(OTHER_FLAGS)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
     script = [small / "other.py", ROOT / "train.py", "--data", "cache", "--steps", "2", "--batch-size", "4"]
     _, err = command(script, expect=1, launcher=launcher)  # torchrun's own status
     assert "torchrun: the ranks differ: lr 0.002 on rank 0, 1.0 on rank 1" in err
