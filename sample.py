@@ -47,10 +47,8 @@ def parse():
     add("--cfg", nargs="+", type=bounded(float, 0), help=cfg)
     add("--s1", type=bounded(float, 0), help="scale of the drift, Eq. 18 (default: the published value of the model)")
     add("--s2", type=bounded(float, 0), help="scale of the noise, Eq. 18 (default: the published value of the model)")
-    samplers = ["euler-maruyama", "adams-bashforth"]
-    add(
-        "--sampler", choices=samplers, help="the paper's (default), or one without noise for few steps (default for XS)"
-    )
+    sampler = "the paper's (default), or one without noise for few steps (default for XS)"
+    add("--sampler", choices=["euler-maruyama", "adams-bashforth"], help=sampler)
     add("--seed", type=bounded(int, 0), default=0, help="image i is a function of the seed and i (default: 0)")
     add("--batch-size", type=count, default=64, help="images drawn at once (default: 64)")
     add("--ckpt", help=f"model: a run's folder, ema.pt or last.pt, or a released file (default: {DEMO_MODEL.name})")
@@ -109,7 +107,7 @@ def load(args, device, dtype):
     if args.sampling["sampler"] == "adams-bashforth" and {"s1", "s2"} & set(given):
         raise ValueError("--s1, --s2: this sampler has no noise to scale; add --sampler euler-maruyama")
     published = args.sampling.pop("cfg")
-    cfg = args.cfg or (published if isinstance(published, list) else [published])
+    cfg = args.cfg or [published]
     args.cfg = (cfg * args.refs if len(cfg) == 1 else cfg)[: args.refs]
     if len(args.cfg) < args.refs:
         raise ValueError(f"--cfg: give one number, or one for each of the {args.refs} images of a chain")
@@ -122,13 +120,6 @@ def find_vae(ckpt, info):
         if path.is_file() and sha256_prefix(path.read_bytes()) == info.get("vae_digest"):
             return path
     raise ValueError(f"--vae: give the VAE of this model's latents; {ckpt.parent}/vae.pt is not there or is another")
-
-
-def encode_references(vae, paths, config):
-    """Scaled latents [k, C, h, w] of image files, cropped as in training: the posterior means."""
-    images = np.stack([center_crop(read_image(path), vae.factor * config.latent_size) for path in paths])
-    mean, _ = vae.encode(from_uint8(images).to(next(vae.parameters()).device))
-    return mean.float() * vae.scale
 
 
 def choose_labels(args, model):
@@ -157,8 +148,10 @@ def draw_chains(model, vae, labels, args, device, batches=None):
     """
     size, references = args.batch_size, None
     batches = range(-(-len(labels) // size)) if batches is None else batches
-    if args.references:
-        references = encode_references(vae, args.references, model.config).expand(size, -1, -1, -1, -1)
+    if args.references:  # the posterior means, of images cropped as in training
+        crops = [center_crop(read_image(path), vae.factor * model.config.latent_size) for path in args.references]
+        mean, _ = vae.encode(from_uint8(np.stack(crops)).to(device))
+        references = (mean.float() * vae.scale).expand(size, -1, -1, -1, -1)
     count_evaluations(model, len(batches) * (args.refs - len(args.references or [])) * args.sampling["steps"])
     for b in batches:
         batch = labels[b * size : (b + 1) * size]

@@ -103,9 +103,8 @@ def loss_inputs(moments, labels, seeds, cache, config, args):
     """Arguments of TransDiff.loss. The random numbers of a chain are a function of its seed alone: it does not matter
     how a batch is split over processes and micro-batches.
 
-    moments [b, refs, 2 C, h, w], labels [b], seeds: b integers
-    Returns latents [b, refs, C, h, w], labels, t [b, M], noise [b, M, C, h, w], batch_mul, drop bool [b]; M = refs
-    batch_mul.
+    moments [b, refs, 2 C, h, w], labels [b], seeds: b integers; M = refs batch_mul
+    Returns latents [b, refs, C, h, w], labels, t [b, M], noise [b, M, C, h, w], batch_mul, drop bool [b].
     """
     shape, M = config.latent_shape, config.refs * args.batch_mul
     parts = [1, M, M * math.prod(shape), config.refs * math.prod(shape)]
@@ -321,7 +320,7 @@ def warm_start(model, path, cache=None):
         log(f"{path}: mask embedding copied into {new.tokens_per_image} mask tokens, reference projection new")
     if old.latent_size != new.latent_size and old.refs == new.refs == 1:
         grid = state["decoder.positions"].unflatten(1, (old.latent_size, -1)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(new.latent_size, new.latent_size), mode="bicubic", align_corners=False)
+        grid = F.interpolate(grid, size=new.latent_size, mode="bicubic", align_corners=False)
         state["decoder.positions"] = grid.flatten(2).transpose(1, 2)
         log(f"{path}: decoder positions interpolated, latents {old.latent_size} -> {new.latent_size}")
     if old.num_classes != new.num_classes:
