@@ -14,9 +14,8 @@ import argparse
 import csv
 import sys
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from model import load_checkpoint
@@ -32,8 +31,7 @@ def similarity(features):
 
 def mean_abs_offdiagonal(S):
     """Eq. 15 of S [..., K, K] -> [...]: mean |S_ij| over i != j, "excluding self-similarities"."""
-    K = S.shape[-1]
-    return (S.abs().sum((-1, -2)) - S.diagonal(dim1=-2, dim2=-1).abs().sum(-1)) / (K * (K - 1))
+    return S.abs()[..., ~torch.eye(S.shape[-1], dtype=torch.bool, device=S.device)].mean(-1)
 
 
 @torch.no_grad()
@@ -45,22 +43,18 @@ def chain_features(model, labels, seed):
 
 def measure(model, args):
     """Eq. 15, and the release's mean of all of S, for every seed and class -> float64 [2, seeds, classes]."""
-    rows = []
+    rows, batches = [], torch.arange(model.config.num_classes, device=args.device).split(args.batch_size)
     for seed in [derive_seed(args.seed, i) for i in range(args.seeds if model.config.refs > 1 else 1)]:
-        batches = torch.arange(model.config.num_classes, device=args.device).split(args.batch_size)
-        matrices = [similarity(chain_features(model, y, seed)) for y in batches]
-        rows.append(
-            torch.cat([torch.stack([mean_abs_offdiagonal(S), S.mean((-1, -2))]) for S in matrices], dim=1).cpu()
-        )
-    return torch.stack(rows, dim=1).numpy()
+        matrices = (similarity(chain_features(model, y, seed)) for y in batches)
+        rows.append(torch.cat([torch.stack([mean_abs_offdiagonal(S), S.mean((-1, -2))]) for S in matrices], dim=1))
+    return torch.stack(rows, dim=1).cpu().numpy()
 
 
 def save_heatmap(S, path):
     """S [K, K] as a picture: -1 blue, 0 white, 1 red; at least 512 pixels a side."""
-    S = S.cpu().numpy()[..., None]
-    red, blue = np.array([180, 20, 30]), np.array([30, 60, 160])
-    rgb = 255 + np.where(S > 0, S * (red - 255), -S * (blue - 255))
-    save_picture(Image.fromarray(rgb.round().astype(np.uint8)), path, zoom=-(-512 // len(S)))
+    grey = Image.fromarray(((S + 1) * 127.5).round().byte().cpu().numpy())
+    picture = ImageOps.colorize(grey, black=(30, 60, 160), mid="white", white=(180, 20, 30))
+    save_picture(picture, path, zoom=-(-512 // len(S)))
 
 
 def main():
@@ -84,8 +78,8 @@ def main():
         names = model.info.get("classes") or [str(i) for i in range(model.config.num_classes)]
         label = class_index("--heatmap", args.heatmap, names, len(names)) if args.heatmap else None
         (values, released), step = measure(model, args), model.info.get("step", 0)
-        spread = f"{values.mean(0).std():.4f}", f"{values.std(0).mean():.4f}"
-        table.writerow([step, ckpt, f"{values.mean():.4f}", *spread, f"{released.mean():.4f}"])
+        numbers = values.mean(), values.mean(0).std(), values.std(0).mean(), released.mean()
+        table.writerow([step, ckpt, *(f"{x:.4f}" for x in numbers)])
         for name, v, r in zip(names, values.T, released.T) if args.per_class else ():
             table.writerow([step, name, f"{v.mean():.4f}", "", f"{v.std():.4f}", f"{r.mean():.4f}"])
     if args.heatmap:

@@ -73,17 +73,13 @@ def precision_recall(samples, reference, k=3, device="cpu"):
     slack = 1e-6 * max(x.norm(dim=1).max() for x in (samples, reference))  # so that copies lie in each other's balls
     block = max(1, 2**24 // max(len(samples), len(reference)))
 
-    def radii(x):  # k + 1: the nearest point is the point itself
-        rows = tqdm(x.split(block), desc="precision and recall")
-        return torch.cat([torch.cdist(r, x).topk(k + 1, largest=False).values[:, -1] for r in rows]) + slack
+    def part_inside(x, points):  # the part of x in the manifold of the points
+        rows = tqdm(points.split(block), desc="precision and recall")  # k + 1: the nearest point is the point itself
+        radii = torch.cat([torch.cdist(r, points).topk(k + 1, largest=False).values[:, -1] for r in rows]) + slack
+        inside = [(torch.cdist(r, points) <= radii).any(1) for r in x.split(block)]
+        return torch.cat(inside).double().mean().item()
 
-    sample_radii, reference_radii = radii(samples), radii(reference)
-    precise, recalled = 0, torch.zeros(len(reference), dtype=torch.bool, device=device)
-    for rows, rows_radii in zip(samples.split(block), sample_radii.split(block)):
-        d = torch.cdist(rows, reference)
-        precise += (d <= reference_radii).any(1).sum().item()
-        recalled |= (d <= rows_radii[:, None]).any(0)
-    return precise / len(samples), recalled.double().mean().item()
+    return part_inside(samples, reference), part_inside(reference, samples)
 
 
 # ---------------------------------------------------------------------------------------------- features
@@ -139,10 +135,10 @@ def open_reference(path, samples, network, width):
 
     ADM's reference batches have both: the statistics are of more images than the batch.
     """
-    stats, has_images = None, True
+    stats = None
     if path.endswith(".npz") and Path(path).is_file():
         with readable(path, ".npz of images or statistics"), np.load(path, allow_pickle=False) as data:
-            has_images = bool({"arr_0", "images"} & set(data))
+            has_images = "arr_0" in data or "images" in data
             if "mu" in data or not has_images:
                 mu, sigma = stats = tuple(torch.from_numpy(data[k].astype(np.float64)) for k in ("mu", "sigma"))
                 made_by = str(data["network"])[:16] if "network" in data else network  # ADM's files name no network
@@ -150,8 +146,8 @@ def open_reference(path, samples, network, width):
                     raise ValueError("statistics of another network; make new ones with --save-stats and this --net")
                 if not (mu.isfinite().all() and sigma.isfinite().all()):
                     raise ValueError("mu or sigma is not finite")
-    if not has_images:
-        return None, stats
+            if not has_images:
+                return None, stats
     shape = samples.shape
     images = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
     if images.shape != shape:

@@ -351,19 +351,16 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtyp
 
     Returns the messages of the images that skip_bad left out.
     """
-    out, partial, size, side = Path(out), Path(f"{out}.partial"), images.shape[0], images.shape[0] // vae.factor
+    out, partial, size = Path(out), Path(f"{out}.partial"), images.shape[0]
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or give another --out")
     if size % vae.factor:
         raise ValueError(f"--image-size {size}: must be a multiple of {vae.factor} for {vae.path}")
-    shape = (2, 2 * vae.z_channels, side, side)
+    shape = (2, 2 * vae.z_channels, size // vae.factor, size // vae.factor)
     settings = dict(scale=vae.scale, vae_digest=vae.digest, image_size=size, images=images.digest)
-    lock = lock_folder(partial)
-    record = read_record(partial / "cache.json", settings | dict(batch_size=batch_size, dtype=str(dtype)))
+    settings |= dict(batch_size=batch_size, dtype=str(dtype))
+    lock, record = lock_folder(partial), read_record(partial / "cache.json", settings)
     done, skipped = record.get("done", 0), record.get("skipped", [])  # skipped: [index, message] of bad images
-    if done and (partial / "moments.bin").stat().st_size < 2 * math.prod(shape) * (done - len(skipped)):
-        print(f"{partial}/moments.bin is cut short: encoding starts over")
-        done, skipped = 0, []
 
     def save():
         f.flush()
@@ -406,6 +403,7 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtyp
     return messages
 
 
+@torch.inference_mode()
 def show_reconstructions(images, vae, path, device="cpu", skipped=()):
     """Draw 16 images spread over the data: two rows of 8, each over its reconstructions from the posterior mean.
 
@@ -413,9 +411,8 @@ def show_reconstructions(images, vae, path, device="cpu", skipped=()):
     """
     indices = np.delete(np.arange(len(images)), list(skipped))
     originals = np.stack([images[i] for i in indices[np.linspace(0, len(indices) - 1, 16).astype(int)]])
-    with torch.inference_mode():
-        decoded = [to_uint8(vae.decode(vae.encode(x)[0])) for x in from_uint8(originals).to(device).split(4)]
-    decoded = np.concatenate(decoded)
+    batches = from_uint8(originals).to(device).split(4)
+    decoded = np.concatenate([to_uint8(vae.decode(vae.encode(x)[0])) for x in batches])
     save_grid(np.concatenate([originals[:8], decoded[:8], originals[8:], decoded[8:]]), path, columns=8)
     return np.abs(originals / 127.5 - decoded / 127.5).mean()
 
@@ -527,9 +524,8 @@ def latent_std(vae, images, device, pixels=2**24):
 def encode(args):
     """Encode images into a latent cache, with a picture of reconstructions beside originals."""
     device = pick_device(args.device)
-    vae = load_vae(name_vae(args.vae, args.data), device)
+    dtype, vae = pick_dtype(args.dtype, device), load_vae(name_vae(args.vae, args.data), device)
     images = Images(args.data, args.image_size or vae.image_size)
-    dtype = pick_dtype(args.dtype, device)
     skipped = encode_images(images, vae, args.out, args.batch_size, args.workers, device, dtype, args.skip_bad)
     print(f"wrote {len(images) - len(skipped):,} images of {len(images.classes)} classes to {args.out}")
     if skipped:
@@ -680,7 +676,7 @@ def pick_device(name=None):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: is not available ({str(e).splitlines()[0].split(',')[0][:200]})") from None
 
 
