@@ -287,7 +287,7 @@ def build(args, cache, last, device):
 
 def differences(form, a, b):
     """The entries of the dict b that a does not have, or has otherwise, as text: `form` takes name, a's and b's."""
-    return ", ".join(form.format(k, a.get(k), v) for k, v in b.items() if a.get(k) != v)
+    return ", ".join(form.format(k, str(a.get(k))[:99], str(v)[:99]) for k, v in b.items() if a.get(k) != v)
 
 
 def refuse_unequal_ranks(args, cache):

@@ -729,6 +729,7 @@ def error_line(e):
 
 def run_main(main):
     """Run main(); an expected error becomes one line on stderr and exit status 2."""
+    argparse.ArgumentParser.print_usage = lambda *_: None  # a wrong flag is one line; --help has the usage
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit ends the loader's workers, a kill does not
     try:
         return main()
