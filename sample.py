@@ -102,15 +102,11 @@ def load(args, device, dtype):
     if args.refs > model.config.refs:
         longer = "; finetune_mrar.py trains longer chains" * (model.config.refs == 1)
         raise ValueError(f"--refs {args.refs}: this model draws chains of 1 to {model.config.refs} images{longer}")
-    given = {k: getattr(args, k) for k in ("steps", "s1", "s2", "sampler") if getattr(args, k) is not None}
+    args.cfg = args.cfg and (args.cfg if len(args.cfg) > 1 else args.cfg[0])
+    given = {k: getattr(args, k) for k in ("steps", "cfg", "s1", "s2", "sampler") if getattr(args, k) is not None}
     args.sampling = dict(sampler="euler-maruyama") | sampling_settings(model.config) | given
     if args.sampling["sampler"] == "adams-bashforth" and {"s1", "s2"} & set(given):
         raise ValueError("--s1, --s2: this sampler has no noise to scale; add --sampler euler-maruyama")
-    published = args.sampling.pop("cfg")
-    cfg = args.cfg or [published]
-    args.cfg = (cfg * args.refs if len(cfg) == 1 else cfg)[: args.refs]
-    if len(args.cfg) < args.refs:
-        raise ValueError(f"--cfg: give one number, or one for each of the {args.refs} images of a chain")
     return cast_weights(model, dtype), vae
 
 
@@ -129,8 +125,7 @@ def choose_labels(args, model):
     classes = [class_index(flag, word, names, num_classes) for word in words]
     classes = classes or list(range(num_classes if args.num else min(10, num_classes)))
     if args.num and args.num % len(classes):
-        multiple = -(-args.num // len(classes)) * len(classes)
-        raise ValueError(f"--num {args.num}: must be a multiple of the {len(classes)} classes, e.g. {multiple}")
+        raise ValueError(f"--num {args.num}: must be a multiple of the {len(classes)} classes")
     labels = classes * (args.num // len(classes)) if args.num else [k for k in classes for _ in range(args.n)]
     return labels, [names[k] if names else str(k) for k in classes]
 
@@ -158,7 +153,7 @@ def draw_chains(model, vae, labels, args, device, batches=None):
         n = len(batch)
         y = torch.tensor(batch + batch[-1:] * (size - n), device=device)  # full: another size would compile anew
         randn = per_image_noise(args.seed, range(b * size, (b + 1) * size), device)
-        chain = model.sample(y, args.refs, None, randn, references, cfg=args.cfg, **args.sampling)[:n]
+        chain = model.sample(y, args.refs, None, randn, references, **args.sampling)[:n]
         chain = chain if args.show_chain else chain[:, -1:]
         images = latents_to_images(vae, chain.flatten(0, 1))
         yield b, images.reshape(*chain.shape[:2], *images.shape[1:])
@@ -171,7 +166,7 @@ def write_npz(model, vae, labels, args, device):
     """
     partial, num_batches = Path(f"{args.out}.partial"), -(-len(labels) // args.batch_size)
     lock = lock_folder(partial) if RANK == 0 else None
-    settings = {k: vars(args)[k] for k in ("seed", "batch_size", "refs", "cfg", "dtype")}
+    settings = {k: vars(args)[k] for k in ("seed", "batch_size", "refs", "dtype")}
     settings |= dict(args.sampling, labels=labels, vae=vae.digest)
     settings["references"] = [sha256_prefix(Path(path).read_bytes()) for path in args.references or []]
     settings["model"] = [args.ckpt.stat().st_size, args.ckpt.stat().st_mtime_ns]
@@ -185,10 +180,7 @@ def write_npz(model, vae, labels, args, device):
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
-        shape, size = np.load(files[0]).shape[1:], args.batch_size
-        images = np.lib.format.open_memmap(partial / "arr_0.npy", "w+", np.uint8, (len(labels), *shape))
-        for b, file in enumerate(files):
-            images[b * size : (b + 1) * size] = np.load(file)
+        images = np.concatenate([np.load(file) for file in files])
         atomic_write(args.out, lambda f: np.savez(f, arr_0=images, arr_1=np.array(labels, np.int64)))
         lock.close()
         shutil.rmtree(partial)
@@ -200,16 +192,17 @@ def decode_conditions(model, vae, labels, parts, args, device):
     labels  lists of N classes: c of each is that of the last image of a chain drawn for it
     parts   functions of the list of those c that return the c to decode
     """
-    N, conditions, images = len(labels[0]), [], []
+    N, conditions, images, cfg = len(labels[0]), [], [], args.sampling["cfg"]
+    last = args.sampling | dict(cfg=cfg[-1] if isinstance(cfg, list) else cfg)  # of the last image
     count_evaluations(model, (len(labels) * (args.refs - 1) + len(parts)) * args.sampling["steps"])
     for y in labels:
         y, randn = torch.tensor(y, device=device), per_image_noise(args.seed, range(N), device)
-        chain = model.sample(y, args.refs - 1, None, randn, cfg=args.cfg, **args.sampling) if args.refs > 1 else None
-        conditions.append(model.encode_guided(y, chain, args.cfg[-1]))
+        chain = model.sample(y, args.refs - 1, noise_sampler=randn, **args.sampling) if args.refs > 1 else None
+        conditions.append(model.encode_guided(y, chain, last["cfg"]))
     for part in parts:
         randn = per_image_noise(args.seed, range(N), device)
         noise = randn(torch.empty(N, *model.config.latent_shape))
-        x = model.decode(part(conditions), noise, cfg=args.cfg[-1], noise_sampler=randn, **args.sampling)
+        x = model.decode(part(conditions), noise, noise_sampler=randn, **last)
         images.append(latents_to_images(vae, x))
     return np.stack(images, axis=1)
 
@@ -254,7 +247,7 @@ def main():
         else:
             draw_picture(model, vae, labels, names, args, device)
     if RANK == 0:
-        settings = ", ".join(f"{k} {v}" for k, v in {"refs": args.refs, "cfg": args.cfg, **args.sampling}.items())
+        settings = ", ".join(f"{k} {v}" for k, v in {"refs": args.refs, **args.sampling}.items())
         print(f"wrote {args.out} ({shorten(names)}; {settings})")
 
 

@@ -188,6 +188,8 @@ def train(args):
 def setup(args):
     """Pick the device, start the process group. Returns (device, last.pt or None)."""
     path = Path(args.out, "last.pt")
+    if path.parent.is_file():
+        raise ValueError(f"--out {args.out}: is a file; give another name")
     if path.exists() and not args.resume:
         raise ValueError(f"{path} exists: --resume continues that run; else give another --out, or remove {args.out}")
     device = pick_device(args.device)

@@ -361,6 +361,9 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtyp
     settings |= dict(batch_size=batch_size, dtype=str(dtype))
     lock, record = lock_folder(partial), read_record(partial / "cache.json", settings)
     done, skipped = record.get("done", 0), record.get("skipped", [])  # skipped: [index, message] of bad images
+    if done and (partial / "moments.bin").stat().st_size < 2 * math.prod(shape) * (done - len(skipped)):
+        print(f"{partial}/moments.bin is cut short: encoding starts over")
+        done, skipped = 0, []
 
     def save():
         f.flush()

@@ -168,7 +168,7 @@ def test_several_processes_draw_only_sets_and_on_one_machine(flags, local, messa
 
 
 @pytest.mark.parametrize("flags,message", [
-    ("--num 15 --out x.npz", "--num 15: must be a multiple of the 10 classes, e.g. 20"),
+    ("--num 15 --out x.npz", "--num 15: must be a multiple of the 10 classes"),
     ("--num 20 --out x.png", "must end in .npz"),
     ("--fuse 1 2 --show-chain", "--show-chain and --fuse ask for different results"),
     ("--features 2 256", "decoded from 64"),
