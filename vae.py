@@ -465,9 +465,12 @@ def train(args):
     peak_lr = args.lr or (1e-4 if args.arch == "kl16" else 4e-3)
     optimizer = torch.optim.AdamW(vae.parameters(), peak_lr, betas=(0.9, 0.99), weight_decay=0.0)
     partial, first = Path(f"{args.out}.partial"), 0
+    flags = {k: v for k, v in vars(args).items() if k not in ("function", "device", "workers")}
     if partial.exists():
-        with readable(partial, "unfinished VAE of these flags"):
+        with readable(partial, "unfinished VAE"):
             state = load_file(partial)
+            if state["flags"] != flags:
+                raise ValueError("of other flags: finish it with those, or remove it")
             vae.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             first = state["step"]
@@ -494,7 +497,7 @@ def train(args):
         if step % 20 == 0:
             bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
         if step % 500 == 499:
-            state = dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            state = dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, flags=flags)
             atomic_write(partial, lambda f: torch.save(state, f))
     save_vae(vae.eval().requires_grad_(False), images, args.out, device)
     partial.unlink(missing_ok=True)

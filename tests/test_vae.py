@@ -324,6 +324,8 @@ def test_a_vae_that_was_killed_and_resumed_equals_one_that_was_not(tmp_path, com
     (tmp_path / "kill.py").write_text(KILL_TRAINING.replace("vae.run_main", small))
     command([tmp_path / "kill.py", ROOT / "vae.py", *flags.split(), "killed.pt"], expect=-signal.SIGKILL)
     assert (tmp_path / "killed.pt.partial").exists() and not (tmp_path / "killed.pt").exists()
+    run_in_process(f"vae.py {flags} killed.pt --seed 1", expect=2)
+    assert "killed.pt.partial: not a readable unfinished VAE (of other flags" in capsys.readouterr().err
     run_in_process(f"vae.py {flags} killed.pt")
     a, b = (load_file(f"{name}.pt")["model"] for name in ("whole", "killed"))
     assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path / "killed.pt.partial").exists()
