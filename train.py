@@ -336,8 +336,9 @@ def warm_start(model, path, cache=None):
 
 def parallelize(model, args, device):
     """The model to call in the loop: compiled and wrapped for DDP, where wanted."""
-    if args.compile:
-        for block in [*model.ar.blocks, *model.decoder.blocks]:  # two graphs, and DDP reduces while backward goes on
+    if args.compile:  # by block: two graphs to compile, and DDP reduces gradients while the backward pass goes on
+        torch._dynamo.config.optimize_ddp = False  # does not cut a block into buckets
+        for block in [*model.ar.blocks, *model.decoder.blocks]:
             block.compile()
     if WORLD > 1:
         device_ids = [device] if device.type == "cuda" else None
