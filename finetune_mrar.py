@@ -1,10 +1,10 @@
 """Stage 2: fine-tune a 1-step model with Multi-Reference Autoregression (Section 3.2.2; recipe of Appendix B).
 
     python finetune_mrar.py                               the XS demo, after python train.py
-    torchrun --nproc_per_node 8 finetune_mrar.py --size B --init runs/B/last.pt --accumulate 8     the paper's recipe
+    torchrun --nproc_per_node 8 finetune_mrar.py --size B --init runs/B/last.pt    the paper's recipe
 
 The loop is train.py's. What differs: a sample is a chain of `refs` images of one class (Eq. 11), the mask is
-block-causal (Figure 3 e), and the run starts from stage 1: its mask embedding is copied into every mask token.
+block-causal (Figure 3 e), and the run starts from stage 1, on its data: its mask embedding is copied into every mask token.
 """
 
 from pathlib import Path

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from model import SIZES, TransDiff, load_file, load_state, t_from_normal
 from vae import DEMO_DATA, RANK, WORLD, Images, LatentCache, atomic_write, autocast, bounded
 from vae import derive_seed, encode_images, latents_to_images, load_vae, lock_folder, name_vae, per_image_noise
-from vae import pick_device, pick_dtype, plot, run_main, sample_posterior, save_grid, sha256_prefix
+from vae import pick_device, pick_dtype, plot, run_main, sample_posterior, save_grid, sha256_prefix, shorten
 
 # Defaults of the flags of the same names. Epochs, lr, batch size, weight decay: Appendix B; the rest: the release.
 # warmup is a fraction of the run: 1/8 of 800 epochs is the release's 100. The release scales lr with the batch size.
@@ -65,8 +65,8 @@ class Chains(torch.utils.data.Dataset):
         counts = np.bincount(cache.labels[self.images], minlength=len(cache.classes))
         too_small = [name for name, n in zip(cache.classes, counts) if n < refs]
         if too_small and refs > 1 or not counts.any():
-            names = ", ".join(too_small[:10]) + " ..." * (len(too_small) > 10)
-            raise ValueError(f"--refs {refs}: {len(too_small)} classes have fewer than {refs} images: {names}")
+            which = f"{len(too_small)} classes have fewer than {refs} images: {shorten(too_small)}"
+            raise ValueError(f"--refs {refs}: {which}")
         self.chains_per_epoch = int((counts // refs).sum())
         self.epoch, self.order = -1, None
 
@@ -100,8 +100,7 @@ class Chains(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------------------------------------- one step
 def loss_inputs(moments, labels, seeds, cache, config, args):
-    """Arguments of TransDiff.loss. The random numbers of a chain are a function of its seed alone: it does not matter
-    how a batch is split over processes and micro-batches.
+    """Arguments of TransDiff.loss; the random numbers of a chain depend on its seed alone, not on how a batch is split.
 
     moments [b, refs, 2 C, h, w], labels [b], seeds: b integers; M = refs batch_mul
     Returns latents [b, refs, C, h, w], labels, t [b, M], noise [b, M, C, h, w], batch_mul, drop bool [b].
