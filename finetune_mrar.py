@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 finetune_mrar.py --size B --init runs/B/last.pt    the paper's recipe
 
 The loop is train.py's. What differs: a sample is a chain of `refs` images of one class (Eq. 11), the mask is
-block-causal (Figure 3 e), and the run starts from stage 1, on its data: its mask embedding is copied into every mask token.
+block-causal (Figure 3 e), and the run starts from stage 1, on the same data: the mask embedding is copied into every
+mask token.
 """
 
 from pathlib import Path
