@@ -30,7 +30,7 @@ import diversity  # noqa: E402
 import fid  # noqa: E402
 import finetune_mrar  # noqa: E402
 import train  # noqa: E402
-from demo import train_features  # noqa: E402
+import train_features  # noqa: E402
 from model import adams_bashforth, load_checkpoint, t_from_normal  # noqa: E402
 from vae import DEMO, DEMO_DATA, DEMO_VAE, atomic_write, autocast, bounded, cast_weights, load_vae  # noqa: E402
 from vae import latents_to_images, per_image_noise, pick_device, pick_dtype, plot, run_main  # noqa: E402

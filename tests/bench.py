@@ -205,7 +205,8 @@ def count_memory(sizes):
     """Print the operations of training and the memory it needs.
 
     20 bytes a parameter (float32 weights, gradients, two moments of AdamW, EMA weights), 10 at the end of a compiled
-    backward pass under DDP (gradients before they are in its buckets, weights in bf16, buffers), and the activations of an eager step with fused attention, as on a GPU; torch.compile keeps less.
+    backward pass under DDP (gradients before they are in its buckets, weights in bf16, buffers), and the activations
+    of an eager step with fused attention, as on a GPU; torch.compile keeps less.
     """
     # without dropout: fused attention keeps no dropout mask
     ours.attention = lambda q, k, v, heads, mask=None, dropout=0.0: plain_attention(q, k, v, heads, mask)
