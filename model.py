@@ -72,15 +72,13 @@ SIZES = {  # Appendix B: width, heads, AR blocks, DiT blocks; XS is ours, for th
     "H": Config(1280, 16, 40, 20),
 }
 
-SAMPLING = {  # the release's settings of each model, ours for XS; -mrar is refs > 1
+SAMPLING = {  # the release's settings of each model, ours for XS; -mrar: refs > 1, where they differ
     "XS": dict(steps=8, cfg=2.0, sampler="adams-bashforth"),
     "B": dict(steps=100, cfg=1.30, s1=0.87, s2=0.91),
     "L": dict(steps=100, cfg=1.30, s1=0.89, s2=0.95),
     "H": dict(steps=100, cfg=1.23, s1=0.87, s2=0.93),
     "L-512": dict(steps=100, cfg=1.30, s1=0.87, s2=0.87),
     "other": dict(steps=25, cfg=2.0, s1=1.0, s2=1.0),
-    "XS-mrar": dict(steps=8, cfg=2.0, sampler="adams-bashforth"),
-    "B-mrar": dict(steps=100, cfg=1.30, s1=0.87, s2=0.91),
     "L-mrar": dict(steps=100, cfg=1.30, s1=0.925, s2=0.95),
     "H-mrar": dict(steps=100, cfg=1.28, s1=0.87, s2=0.91),
 }
@@ -88,8 +86,10 @@ SAMPLING = {  # the release's settings of each model, ours for XS; -mrar is refs
 
 def sampling_settings(config):
     """SAMPLING of the published model of this width."""
-    name = {160: "XS", 768: "B", 1024: "L", 1280: "H"}.get(config.width, "other") + "-mrar" * (config.refs > 1)
-    return SAMPLING.get("L-512" if name == "L" and config.latent_size == 32 else name, SAMPLING["other"])
+    name = {160: "XS", 768: "B", 1024: "L", 1280: "H"}.get(config.width, "other")
+    if name == "L" and config.refs == 1 and config.latent_size == 32:
+        return SAMPLING["L-512"]
+    return SAMPLING.get(name + "-mrar" * (config.refs > 1), SAMPLING[name])
 
 
 def attention_masks(config, device=None):
@@ -116,13 +116,13 @@ LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 def attention(q, k, v, heads, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(d)) v: q [B, Q, D], k, v [B, K, D], mask bool [Q, K], True = may attend -> [B, Q, D]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, d]
-    if q.is_cuda or k.shape[-2] > 512:
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    else:  # on a CPU and for few keys the plain formula is faster than the fused kernel
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 512:  # here faster than the fused kernel
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
         x = F.dropout(scores.softmax(dim=-1), dropout) @ v
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return x.transpose(1, 2).flatten(2)
 
 

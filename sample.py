@@ -11,8 +11,6 @@ torchrun --nproc_per_node 8 -- sample.py --num 50000 --ckpt CKPT --out samples.n
 
 import argparse
 import datetime
-import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -24,8 +22,8 @@ from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
 from vae import DEMO_MODEL, DEMO_VAE, RANK, WORLD, atomic_write, autocast, bounded, cast_weights, center_crop
-from vae import class_index, fetch_released, from_uint8, latents_to_images, load_vae, lock_folder
-from vae import per_image_noise, pick_device, pick_dtype, read_image, read_record, run_main, save_grid, sha256_prefix
+from vae import class_index, fetch_released, from_uint8, keep_settings, latents_to_images, load_vae, lock_folder
+from vae import per_image_noise, pick_device, pick_dtype, read_image, run_main, save_grid, sha256_prefix
 from vae import shorten
 
 RELEASED = ("B", "L", "H", "B-mrar", "L-mrar", "H-mrar", "L-512")
@@ -36,11 +34,15 @@ def parse():
     add, count = parser.add_argument, bounded(int, 1)
     add("--class", nargs="+", dest="classes", metavar="CLASS", help="indices or names (default: ten; with --num, all)")
     add("--n", type=count, default=8, help="images of each class (default: 8)")
-    add("--num", type=count, help="images in all, the classes in turn, written to an .npz")
+    mode, weights = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    mode.add_argument("--num", type=count, help="images in all, the classes in turn, written to an .npz")
     add("--refs", type=count, help="images in the chain; the last is the result (default: the model's)")
-    add("--show-chain", action="store_true", help="draw every image of each chain, one chain a row")
-    add("--fuse", nargs=2, metavar=("A", "B"), help="columns A, B, and A's first half of features with B's second")
-    add("--features", nargs="+", type=count, metavar="K", help="columns decoded from the first K features")
+    mode.add_argument("--show-chain", action="store_true", help="draw every image of each chain, one chain a row")
+    fuse = "columns A, B, and A's first half of features with B's second"
+    mode.add_argument("--fuse", nargs=2, metavar=("A", "B"), help=fuse)
+    mode.add_argument(
+        "--features", nargs="+", type=count, metavar="K", help="columns decoded from the first K features"
+    )
     add("--references", nargs="+", metavar="IMAGE", help="images that start every chain, cropped as in training")
     add("--steps", type=count, help="network evaluations an image (default: 8 for XS, else 100)")
     cfg = "guidance scale, 1 = none; one, or one for each image (default: the published value of the model)"
@@ -51,9 +53,11 @@ def parse():
     add("--sampler", choices=["euler-maruyama", "adams-bashforth"], help=sampler)
     add("--seed", type=bounded(int, 0), default=0, help="image i is a function of the seed and i (default: 0)")
     add("--batch-size", type=count, default=64, help="images drawn at once (default: 64)")
-    add("--ckpt", help=f"model: a run's folder, ema.pt or last.pt, or a released file (default: {DEMO_MODEL.name})")
+    ckpt = f"model: a run's folder, ema.pt or last.pt, or a released file (default: {DEMO_MODEL.name})"
+    weights.add_argument("--ckpt", help=ckpt)
+    released = "the authors' weights and VAE, fetched once to torch's hub folder"
+    weights.add_argument("--pretrained", choices=RELEASED, help=released)
     add("--vae", help="VAE that made the model's latents (default: vae.pt beside the model)")
-    add("--pretrained", choices=RELEASED, help="the authors' weights and VAE, fetched once to torch's hub folder")
     add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.png, with --num .npz)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where the hardware has it)")
@@ -63,23 +67,15 @@ def parse():
 
 def check(args):
     """Refuse flags that contradict each other."""
-    modes = [f"--{name.replace('_', '-')}" for name in ("num", "show_chain", "fuse", "features") if getattr(args, name)]
     args.out = args.out or ("runs/samples.npz" if args.num else "runs/samples.png")
-    if len(modes) > 1:
-        raise ValueError(f"{modes[0]} and {modes[1]} ask for different results; give one")
     if args.fuse and args.classes:
         raise ValueError("--fuse names the classes; leave out --class")
     if args.references and (args.fuse or args.features):
         raise ValueError("--references: start chains that are drawn whole; leave out --fuse and --features")
-    if args.pretrained and args.ckpt:
-        raise ValueError("--ckpt and --pretrained both name a model; give one")
-    if WORLD > 1 and set(modes) - {"--num"}:
-        raise ValueError(f"{modes[0]}: pictures are drawn by one process, without torchrun")
-    suffixes = [".npz"] if args.num or WORLD > 1 else [".png"] if modes else [".png", ".npz"]
-    if Path(args.out).suffix not in suffixes:
-        raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
-    if WORLD != int(os.environ.get("LOCAL_WORLD_SIZE", WORLD)):
-        raise ValueError("torchrun --nnodes: run each machine by itself, with its own --seed and --out")
+    columns = args.show_chain or args.fuse or args.features
+    suffixes = [".npz"] if args.num or WORLD > 1 else [".png"] if columns else [".png", ".npz"]
+    if Path(args.out).suffix not in suffixes or columns and WORLD > 1:
+        raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here; torchrun draws no pictures")
     if args.out.endswith(".npz") and Path(args.out).exists():
         raise ValueError(f"--out {args.out}: is there already; remove it or give another")
 
@@ -170,9 +166,10 @@ def write_npz(model, vae, labels, args, device):
     settings |= dict(args.sampling, labels=labels, vae=vae.digest)
     settings["references"] = [sha256_prefix(Path(path).read_bytes()) for path in args.references or []]
     settings["model"] = [args.ckpt.stat().st_size, args.ckpt.stat().st_mtime_ns]
-    read_record(partial / "run.json", settings)
     if RANK == 0:
-        atomic_write(partial / "run.json", json.dumps(settings).encode())
+        keep_settings(partial / "run.json", settings)
+    if WORLD > 1:
+        dist.barrier()  # the others do not start on a set of other settings
     files = [partial / f"{b:06d}.npy" for b in range(num_batches)]
     mine = [b for b in range(RANK, num_batches, WORLD) if not files[b].exists()]
     for b, chains in draw_chains(model, vae, labels, args, device, mine):

@@ -45,15 +45,16 @@ RECIPES = {
 MICRO_BATCH = {"XS": 8192, "B": 32, "L": 16, "H": 4}  # chains at once on a GPU of 80 GB, estimated: tests/README.md
 
 
-def holdout_mask(n, share):
-    """bool [n], True = never trained on: a function of the index alone, so that every stage and every run agree."""
-    return np.random.default_rng(0).random(n) < share
+def split(labels, holdout):
+    """(indices to train on, indices held out) of labels [N]; by index alone, so that every stage and run agree."""
+    held_out, readable = np.random.default_rng(0).random(len(labels)) < holdout, labels >= 0
+    return np.flatnonzero(readable & ~held_out), np.flatnonzero(readable & held_out)
 
 
 class Chains(torch.utils.data.Dataset):
     """Item s is the batch of step s, chains of `refs` images of a class: moments [b, refs, 2 C, h, w] and labels [b].
 
-    An epoch uses each of `images` (indices, default: all) at most once: images and chains are shuffled anew, and the
+    An epoch uses each of `images` (indices; default: all) at most once: images and chains are shuffled anew, and the
     images of a class that do not fill a chain are left out. Step s takes chains [s B, (s + 1) B) of the epochs in a
     row, and this rank an equal part of them. All is a function of (seed, epoch or step): any step can be resumed.
     """
@@ -61,7 +62,7 @@ class Chains(torch.utils.data.Dataset):
     def __init__(self, cache, refs, batch_size, seed, rank=0, world=1, images=None):
         self.cache, self.refs, self.batch_size = cache, refs, batch_size
         self.seed, self.rank, self.world = seed, rank, world
-        self.images = np.arange(len(cache)) if images is None else images
+        self.images = split(cache.labels, 0)[0] if images is None else images
         counts = np.bincount(cache.labels[self.images], minlength=len(cache.classes))
         too_small = [name for name, n in zip(cache.classes, counts) if n < refs]
         if too_small and refs > 1 or not counts.any():
@@ -144,12 +145,11 @@ def train(args):
     args = resolve_flags(args, last, device)
     cache = open_cache(args, device)
     model, ema, optimizer = build(args, cache, last, device)
-    images = np.flatnonzero(~holdout_mask(len(cache), args.holdout))
+    images, held_out = split(cache.labels, args.holdout)
     chains = Chains(cache, args.refs, args.batch_size, args.seed, RANK, WORLD, images)
+    held_out = Chains(cache, args.refs, 64, seed=0, images=held_out) if args.holdout else None
     args.steps = args.steps or math.ceil(args.epochs * chains.chains_per_epoch / args.batch_size)
-    if WORLD > 1:
-        refuse_unequal_ranks(args, cache)
-    run = Run(args, chains, model, ema, optimizer, last, device)
+    run = Run(args, chains, held_out, model, ema, optimizer, last, device)
     del last  # four times the size of the model
     options = dict(num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     options["timeout"] = 600 * (args.workers > 0)  # seconds: a worker that hangs is an error
@@ -291,17 +291,6 @@ def differences(form, a, b):
     return ", ".join(form.format(k, str(a.get(k))[:99], str(v)[:99]) for k, v in b.items() if a.get(k) != v)
 
 
-def refuse_unequal_ranks(args, cache):
-    """Refuse a launch whose ranks, perhaps on several machines, do not train the same model on the same data."""
-    may_differ = ("out", "data", "vae", "init", "device", "workers", "accumulate", "compile")
-    ours = {k: v for k, v in vars(args).items() if k not in may_differ} | cache.info | dict(torch=torch.__version__)
-    ranks = [None] * WORLD
-    dist.all_gather_object(ranks, ours)
-    for rank, theirs in enumerate(ranks):
-        if different := differences(f"{{}} {{}} on rank 0, {{}} on rank {rank}", ranks[0], theirs):
-            raise ValueError(f"torchrun: the ranks differ: {different}")
-
-
 @torch.no_grad()
 def warm_start(model, path, cache=None):
     """Fill `model` from the EMA weights of a checkpoint, perhaps of another shape, and print what is converted.
@@ -355,13 +344,11 @@ def ignore_signals(worker):
 class Run:
     """What stands around the loop: the log, checkpoints, pictures and signals. Rank 0 alone writes."""
 
-    def __init__(self, args, chains, model, ema, optimizer, last, device):
-        self.args, self.chains, self.cache = args, chains, chains.cache
+    def __init__(self, args, chains, held_out, model, ema, optimizer, last, device):
+        self.args, self.chains, self.held_out, self.cache = args, chains, held_out, chains.cache
         self.model, self.ema, self.optimizer = model, ema, optimizer
         self.device, self.dtype = device, pick_dtype(args.dtype, device)
         args.dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"  # recorded: a resumed run keeps it
-        held_out = np.flatnonzero(holdout_mask(len(self.cache), args.holdout))
-        self.held_out = Chains(self.cache, args.refs, 64, seed=0, images=held_out) if args.holdout else None
         self.out, self.name = Path(args.out), args.size + "-mrar" * (args.refs > 1)
         self.step, self.rows = (last["step"], last["log"]) if last else (0, [])
         self.steps_per_epoch = chains.chains_per_epoch / args.batch_size

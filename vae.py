@@ -247,9 +247,7 @@ def read_folder(root, labelled):
     """(paths below root as bytes [N], labels [N], class names); labelled: the classes are the sorted subfolders."""
     names = [""]
     if labelled:
-        above = (root.resolve() / "x").parents  # a link to one of these would be a cycle
-        folders = [d for d in root.iterdir() if d.is_dir() and d.name[0] != "."]
-        names = sorted(d.name for d in folders if d.resolve() not in above)
+        names = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
     paths = [image_files(root / name) for name in names]
     empty = [name for name, files in zip(names, paths) if not files]
     if empty:
@@ -284,12 +282,11 @@ class Images(torch.utils.data.Dataset):
     path      folder of class folders (not labelled: of images, at any depth), or .npz of uint8 images and labels
     size      pixels: crop every image to size x size; None: take them as they are, all of one size
     labelled  have `labels`, int64 [N], and `classes`, their names
-
-    An unreadable image raises a ValueError; with `errors_as_items` the item is its message.
+    skip_bad  an image that cannot be read is NaN, float32; otherwise it is a ValueError
     """
 
-    def __init__(self, path, size=None, labelled=True):
-        self.path, self.crop, self.errors_as_items = Path(path), size is not None, False
+    def __init__(self, path, size=None, labelled=True, skip_bad=False):
+        self.path, self.crop, self.skip_bad = Path(path), size is not None, skip_bad
         self.folder = self.path.is_dir()
         if not self.folder and not (self.path.suffix == ".npz" and self.path.is_file()):
             raise ValueError(f"{path}: no such folder or .npz of images")
@@ -313,106 +310,85 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             image = self.open(i)
-            if image.size == self.shape[::-1]:
-                return np.array(image)
-            if self.crop:
-                return center_crop(image, self.shape[0])
-            sizes = f"{image.height} x {image.width} px, others are {self.shape[0]} x {self.shape[1]}"
-            raise ValueError(f"{self.name(i)}: is {sizes}; --image-size N crops all of them to N x N")
         except ValueError as e:
-            if self.errors_as_items:
-                return str(e)
-            raise
+            if not self.skip_bad:
+                raise ValueError(f"{e}; vae.py encode --skip-bad leaves such images out") from None
+            return np.full((*self.shape, 3), np.nan, np.float32)
+        if image.size == self.shape[::-1]:
+            return np.array(image)
+        if self.crop:
+            return center_crop(image, self.shape[0])
+        sizes = f"{image.height} x {image.width} px, others are {self.shape[0]} x {self.shape[1]}"
+        raise ValueError(f"{self.name(i)}: is {sizes}; --image-size N crops all of them to N x N")
 
 
 # ---------------------------------------------------------------------------------------------- the latent cache
 #
 # DIR/moments.bin  float16 [N, 2, 2 z, h, w]: mean and log-variance of the crop ([:, 0]) and its mirror image ([:, 1])
-# DIR/labels.npy   int64 [N]
+# DIR/labels.npy   int64 [N]; -1: an image that could not be read (--skip-bad)
 # DIR/cache.json   shape of moments.bin, classes (names), scale, image_size, vae_digest
 # DIR/vae.pt       the VAE
-# DIR/skipped.txt  images that could not be read, with --skip-bad
 
 
 @torch.inference_mode()
 def encode_moments(vae, images, device, dtype):
-    """Uint8 arrays [H, W, 3] -> float16 [B, 2, 2 z, h, w], the moments of the images and their mirror images."""
-    x = from_uint8(np.stack(images)).to(device)
+    """Images uint8 [B, H, W, 3] -> float16 [B, 2, 2 z, h, w], the moments of the images and their mirror images."""
+    x = from_uint8(images).to(device)
     with autocast(device, dtype):
         views = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
     moments = torch.stack(views, dim=1).to("cpu", torch.float16)
-    if not moments.isfinite().all():
+    readable = x.isfinite().flatten(1).all(1).cpu()  # an image of NaN has moments of NaN
+    if not moments[readable].isfinite().all():
         raise ValueError(f"{vae.path}: gives latents that are not finite in float16; is it the right VAE, and trained?")
     return moments.numpy()
 
 
-def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtype=torch.float32, skip_bad=False):
+def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtype=torch.float32):
     """Encode images into the cache folder `out`, written as OUT.partial and renamed when complete; run again to resume.
 
-    Returns the messages of the images that skip_bad left out.
+    Returns the names of the images that could not be read, where images.skip_bad leaves them out.
     """
     out, partial, size = Path(out), Path(f"{out}.partial"), images.shape[0]
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or give another --out")
     if size % vae.factor:
         raise ValueError(f"--image-size {size}: must be a multiple of {vae.factor} for {vae.path}")
-    shape = (2, 2 * vae.z_channels, size // vae.factor, size // vae.factor)
-    settings = dict(scale=vae.scale, vae_digest=vae.digest, image_size=size, images=images.digest)
-    settings |= dict(batch_size=batch_size, dtype=str(dtype))
-    lock, record = lock_folder(partial), read_record(partial / "cache.json", settings)
-    done, skipped = record.get("done", 0), record.get("skipped", [])  # skipped: [index, message] of bad images
-    if done and (partial / "moments.bin").stat().st_size < 2 * math.prod(shape) * (done - len(skipped)):
-        print(f"{partial}/moments.bin is cut short: encoding starts over")
-        done, skipped = 0, []
-
-    def save():
-        f.flush()
-        os.fsync(f.fileno())
-        rows = (done - len(skipped), *shape)
-        progress = dict(record, classes=images.classes, shape=rows, done=done, skipped=skipped)
-        atomic_write(partial / "cache.json", json.dumps(progress).encode())
-
-    images.errors_as_items = True
-    rest = torch.utils.data.Subset(images, range(done, len(images)))
-    loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, collate_fn=list)
+    shape = (len(images), 2, 2 * vae.z_channels, size // vae.factor, size // vae.factor)
+    settings = dict(shape=shape, classes=images.classes, scale=vae.scale, vae_digest=vae.digest, image_size=size)
+    settings |= dict(images=images.digest, batch_size=batch_size, dtype=str(dtype))
+    lock = lock_folder(partial)
+    keep_settings(partial / "cache.json", settings)
     print(f"{len(images):,} images of {len(images.classes)} classes: {shorten(images.classes)}")
-    bar = tqdm(total=len(images), initial=done, unit="image", desc=f"encoding to {out}")
-    with open(partial / "moments.bin", "ab") as f, bar:
-        f.truncate(2 * math.prod(shape) * (done - len(skipped)))
-        saved = time.time()
-        for batch in loader:
-            bad = [[done + i, message] for i, message in enumerate(batch) if isinstance(message, str)]
-            if bad and not skip_bad:
-                save()
-                raise ValueError(f"{bad[0][1]}; --skip-bad leaves such images out")
-            if len(bad) < len(batch):
-                f.write(encode_moments(vae, [x for x in batch if not isinstance(x, str)], device, dtype).tobytes())
-            done, skipped = done + len(batch), skipped + bad
-            bar.update(len(batch))
-            if done == len(images) or time.time() > saved + 10:
-                save()
-                saved = time.time()
-    if len(skipped) == len(images):
-        raise ValueError(f"none of the {len(images)} images could be read; the first: {skipped[0][1]}")
-    indices, messages = [i for i, _ in skipped], [message for _, message in skipped]
-    atomic_write(partial / "labels.npy", lambda f: np.save(f, np.delete(images.labels, indices)))
-    if skipped:
-        atomic_write(partial / "skipped.txt", "\n".join([*messages, ""]).encode(errors="backslashreplace"))
+    with open(partial / "moments.bin", "ab") as f:
+        batch_bytes = 2 * batch_size * math.prod(shape[1:])
+        done = f.tell() // batch_bytes
+        f.truncate(done * batch_bytes)
+        rest = torch.utils.data.Subset(images, range(done * batch_size, len(images)))
+        loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, collate_fn=np.stack)
+        for batch in tqdm(loader, initial=done, total=done + len(loader), unit="batch", desc=f"encoding to {out}"):
+            f.write(encode_moments(vae, batch, device, dtype).tobytes())
+            f.flush()
+            os.fsync(f.fileno())
+    moments = np.memmap(partial / "moments.bin", np.float16, "r", shape=shape)
+    readable = np.isfinite(moments[:, 0, 0, 0, 0])
+    names = [images.name(i) for i in np.flatnonzero(~readable)]
+    if not readable.any():
+        raise ValueError(f"{images.path}: none of its {len(images)} images can be read; the first: {names[0]}")
+    atomic_write(partial / "labels.npy", lambda f: np.save(f, np.where(readable, images.labels, -1)))
     shutil.copy(vae.path, partial / "vae.pt")
-    error = show_reconstructions(images, vae, partial / "reconstructions.png", device, indices)
+    error = show_reconstructions(images, vae, partial / "reconstructions.png", device, np.flatnonzero(readable))
     print(f"mean error of the VAE {error:.3f} of 2; originals over reconstructions: {out}/reconstructions.png")
     partial.rename(out)
     lock.close()
-    return messages
+    return names
 
 
 @torch.inference_mode()
-def show_reconstructions(images, vae, path, device="cpu", skipped=()):
-    """Draw 16 images spread over the data: two rows of 8, each over its reconstructions from the posterior mean.
+def show_reconstructions(images, vae, path, device, indices):
+    """Draw 16 of the images `indices`: two rows of 8, each over its reconstructions from the posterior mean.
 
     Returns the mean absolute error in units of [-1, 1].
     """
-    indices = np.delete(np.arange(len(images)), list(skipped))
     originals = np.stack([images[i] for i in indices[np.linspace(0, len(indices) - 1, 16).astype(int)]])
     batches = from_uint8(originals).to(device).split(4)
     decoded = np.concatenate([to_uint8(vae.decode(vae.encode(x)[0])) for x in batches])
@@ -440,7 +416,7 @@ class LatentCache:
             self.moments = np.memmap(path / "moments.bin", np.float16, "r", shape=shape)
             self.latent_shape = shape[2] // 2, *shape[3:]
             self.labels = y = np.load(path / "labels.npy", allow_pickle=False)
-            if y.shape != shape[:1] or y.dtype != np.int64 or y.min() < 0 or y.max() >= len(self.classes):
+            if y.shape != shape[:1] or y.dtype != np.int64 or y.min() < -1 or y.max() >= len(self.classes):
                 raise ValueError("labels.npy does not fit the latents and classes of cache.json")
 
     def __reduce__(self):
@@ -496,7 +472,7 @@ def train(args):
         optimizer.step()
         if step % 20 == 0:
             bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
-        if step % 500 == 499:
+        if step % 100 == 99:
             state = dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, flags=flags)
             atomic_write(partial, lambda f: torch.save(state, f))
     save_vae(vae.eval().requires_grad_(False), images, args.out, device)
@@ -511,7 +487,7 @@ def save_vae(vae, images, out, device):
     ckpt = dict(model={k: v.half() for k, v in vae.state_dict().items()}, scale=vae.scale, image_size=vae.image_size)
     atomic_write(out, lambda f: torch.save(ckpt, f))
     picture = Path(out).with_suffix(".png")
-    show_reconstructions(images, vae, picture, device)
+    show_reconstructions(images, vae, picture, device, np.arange(len(images)))
     print(f"latent standard deviation {1 / vae.scale:.4f}, scale {vae.scale:.4f}")
     print(f"wrote {out}; originals over reconstructions in {picture}")
 
@@ -531,11 +507,11 @@ def encode(args):
     """Encode images into a latent cache, with a picture of reconstructions beside originals."""
     device = pick_device(args.device)
     dtype, vae = pick_dtype(args.dtype, device), load_vae(name_vae(args.vae, args.data), device)
-    images = Images(args.data, args.image_size or vae.image_size)
-    skipped = encode_images(images, vae, args.out, args.batch_size, args.workers, device, dtype, args.skip_bad)
+    images = Images(args.data, args.image_size or vae.image_size, skip_bad=args.skip_bad)
+    skipped = encode_images(images, vae, args.out, args.batch_size, args.workers, device, dtype)
     print(f"wrote {len(images) - len(skipped):,} images of {len(images.classes)} classes to {args.out}")
     if skipped:
-        print(f"{len(skipped):,} images could not be read and are left out; {args.out}/skipped.txt lists them")
+        print(f"{len(skipped):,} images could not be read and are left out:", *skipped, sep="\n  ")
 
 
 def main():
@@ -561,7 +537,7 @@ def main():
         else:
             add("--vae", help="VAE; kl16: the released one, fetched once (default: the bundled one for its own images)")
             add("--out", default="runs/latents", help="cache folder to write or resume (default: %(default)s)")
-            add("--skip-bad", action="store_true", help="leave out images that cannot be read, and list them")
+            add("--skip-bad", action="store_true", help="leave out images that cannot be read, and print their names")
             add("--dtype", choices=["bf16", "fp32"], default="fp32", help="of the encoder (default: fp32)")
     args = parser.parse_args()
     args.function(args)
@@ -586,15 +562,12 @@ def atomic_write(path, data):
         tmp.unlink(missing_ok=True)
 
 
-def read_record(path, settings):
-    """The JSON record at `path` of an unfinished result, `settings` if there is none; refuses one of other settings."""
-    if not path.exists():
-        return settings
-    with readable(path, "record of an unfinished result"):
-        record = json.loads(path.read_text())
-    if any(record.get(k) != v for k, v in settings.items()):
+def keep_settings(path, settings):
+    """Write the settings of an unfinished result to the JSON file `path`; refuse to continue one of other settings."""
+    text = json.dumps(settings).encode()
+    if path.exists() and path.read_bytes() != text:
         raise ValueError(f"{path.parent}: unfinished, of other inputs or settings; finish it with those, or remove it")
-    return record
+    atomic_write(path, text)
 
 
 def lock_folder(path):
@@ -786,7 +759,7 @@ def plot(curves, path, xlabel, width=640, height=400):
         draw.text((to_x(x), bottom + 4), f"{x:.4g}", "black", font, "ma")
         draw.line([left, to_y(y), right, to_y(y)], "#dddddd")
         draw.text((left - 6, to_y(y)), f"{y:.2g}", "black", font, "rm")
-    draw.text(((left + right) / 2, height - 4), xlabel, "black", font, "md")
+    draw.text((right, height - 4), xlabel, "black", font, "rd")
     for i, (name, (x, y)) in enumerate(curves.items()):
         color = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0")[i % 4]
         draw.line([(to_x(a), to_y(b)) for a, b in zip(x, y)], color, width=2)

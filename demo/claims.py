@@ -193,7 +193,7 @@ def held_out_images(seed):
     """Held-out latents, labels, t and noise, all of N images, and {kind: three references of each}, held out too."""
     flags = argparse.Namespace(data=str(args.data), vae=DEMO_VAE, image_size=None, out=stage1(seed))
     cache, rng = train.open_cache(flags, args.device), np.random.default_rng(seed)
-    held_out = np.flatnonzero(train.holdout_mask(len(cache), args.holdout))
+    held_out = train.split(cache.labels, args.holdout)[1]
     latents, labels = torch.from_numpy(cache.moments[held_out, 0]).float().chunk(2, dim=1)[0], cache.labels[held_out]
     latents, N, kinds = latents.to(args.device) * cache.scale, min(args.num, len(labels)), {}  # the posterior's means
     for kind, shift in (("real", 0), ("of another class", 1)):

@@ -83,7 +83,7 @@ def test_a_table_has_a_row_for_each_checkpoint(tmp_path, table):
 
 
 def test_the_bundled_model_has_a_row_for_each_class_and_a_heatmap(tmp_path, table, monkeypatch):
-    monkeypatch.setitem(SAMPLING, "XS-mrar", dict(SAMPLING["XS-mrar"], steps=3))  # to be quick
+    monkeypatch.setitem(SAMPLING["XS"], "steps", 3)  # to be quick
     monkeypatch.setattr(diversity, "DEMO_MODEL", ROOT / "demo" / "mrar.pt")  # its path is relative to another folder
     rows = table("--seeds", "2", "--per-class", "--heatmap", "trouser", "--out", "new/S.png")
     assert len(rows) == 11 and rows[2]["checkpoint"].strip() == "trouser"

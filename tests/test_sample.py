@@ -149,19 +149,10 @@ def test_a_balanced_set_has_the_same_bytes_from_one_process_from_two_and_after_a
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "killed.npz").read_bytes() and not partial.exists()
 
 
-@pytest.mark.parametrize(
-    "flags,local,message",
-    [
-        ("--show-chain", 2, "pictures are drawn by one process"),
-        ("--n 1", 2, "must end in .npz"),
-        ("--num 10 --out x.npz", 1, "run each machine by itself"),
-    ],
-    ids=["a picture of chains", "a picture", "two machines"],
-)
-def test_several_processes_draw_only_sets_and_on_one_machine(flags, local, message, run, monkeypatch):
+@pytest.mark.parametrize("flags", ["--show-chain", "--n 1", "--features 8 --out x.npz"])
+def test_several_processes_draw_only_sets(flags, run, monkeypatch):
     monkeypatch.setattr(sample, "WORLD", 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    assert message in run(f"sample.py {flags}", expect=2)[1]
+    assert "must end in .npz here; torchrun draws no pictures" in run(f"sample.py {flags}", expect=2)[1]
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -170,7 +161,7 @@ def test_several_processes_draw_only_sets_and_on_one_machine(flags, local, messa
 @pytest.mark.parametrize("flags,message", [
     ("--num 15 --out x.npz", "--num 15: must be a multiple of the 10 classes"),
     ("--num 20 --out x.png", "must end in .npz"),
-    ("--fuse 1 2 --show-chain", "--show-chain and --fuse ask for different results"),
+    ("--fuse 1 2 --show-chain", "--show-chain: not allowed with argument --fuse"),
     ("--features 2 256", "decoded from 64"),
     ("--class 10", "--class 10: this model has classes 0 to 9: t-shirt, trouser"),
     ("--class hat", "--class hat"),
@@ -180,7 +171,7 @@ def test_several_processes_draw_only_sets_and_on_one_machine(flags, local, messa
     (f"--vae {MODEL}", "mrar.pt: not a readable VAE"),
     ("--out picture.jpg", "--out picture.jpg: must end in .png or .npz here"),
     ("--n 0", "at least 1"),
-    ("--pretrained B --ckpt x", "give one"),
+    ("--pretrained B --ckpt x", "--ckpt: not allowed with argument --pretrained"),
 ])  # fmt: skip
 def test_errors_are_one_line_and_nothing_is_written(flags, message, tmp_path, run):
     _, err = run(f"sample.py {flags}", expect=2)

@@ -24,10 +24,10 @@ from train import (
     RECIPES,
     Chains,
     fit_accumulate,
-    holdout_mask,
     learning_rate,
     loss_inputs,
     make_optimizer,
+    split,
     update_ema,
 )
 from vae import Images, encode_images, load_vae
@@ -117,11 +117,13 @@ def test_the_random_numbers_of_a_chain_depend_on_its_seed_alone():
 @pytest.mark.parametrize("refs", [1, 4])
 def test_held_out_images_are_never_trained_on(refs):
     cache = fake_cache([400, 500])
-    held_out = holdout_mask(900, 0.1)
-    assert 60 < held_out.sum() < 120 and np.array_equal(holdout_mask(500, 0.1), held_out[:500])
-    chains = Chains(cache, refs, 10, seed=0, images=np.flatnonzero(~held_out))
+    cache.labels[7] = -1  # an image that could not be read
+    kept, held_out = split(cache.labels, 0.1)
+    assert 60 < len(held_out) < 120 and sorted([7, *kept, *held_out]) == list(range(900))
+    assert np.array_equal(split(cache.labels[:500], 0.1)[1], held_out[held_out < 500])
+    chains = Chains(cache, refs, 10, seed=0, images=kept)
     seen = np.unique(np.concatenate([chains.indices(step).ravel() for step in range(300)]))
-    assert not held_out[seen].any() and len(seen) == (~held_out).sum()
+    assert np.array_equal(seen, kept)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,6 @@ def odd_images(root):
     rgb.save(good / ".hidden.png")
     (good / "notes.txt").write_text("not an image")
     (good / "round").symlink_to(root)
-    (root / "self").symlink_to(root)
     (root / "loop").symlink_to(root / "loop")
     (root / ".cache").mkdir()
     # These cannot be read, except for fine.png.
@@ -140,15 +139,16 @@ def test_unusual_images_are_encoded_and_broken_ones_are_named(tmp_path, capsys, 
     assert "photos/bad/bomb.png: not a readable image" in error and "--skip-bad" in error
     assert not Path("cache").exists()
     run_in_process(f"{line} --skip-bad")  # resumes
-    assert "4 images could not be read" in capsys.readouterr().out
+    out = capsys.readouterr().out.splitlines()
+    assert "4 images could not be read" in out[-5] and [Path(line).name for line in out[-4:]] == broken
 
-    cache, skipped = LatentCache("cache"), Path("cache/skipped.txt").read_text().splitlines()
-    assert [Path(line.split(":")[0]).name for line in skipped] == broken
-    assert cache.classes == ["bad", "good"] and cache.labels.tolist() == [0] + [1] * 11
-    images = Images("photos", 32)
-    readable = [images[i] for i in range(len(images)) if Path(images.name(i)).name not in broken]
-    expected = torch.cat(load_vae("vae.pt").encode(from_uint8(np.stack(readable))), dim=1)
-    torch.testing.assert_close(torch.tensor(cache.moments[:, 0]).float(), expected, atol=5e-3, rtol=5e-3)
+    cache, images = LatentCache("cache"), Images("photos", 32)
+    readable = [i for i in range(len(images)) if Path(images.name(i)).name not in broken]
+    assert cache.classes == ["bad", "good"] and np.flatnonzero(cache.labels >= 0).tolist() == readable
+    assert cache.labels[readable].tolist() == [0] + [1] * 11
+    expected = torch.cat(load_vae("vae.pt").encode(from_uint8(np.stack([images[i] for i in readable]))), dim=1)
+    torch.testing.assert_close(torch.tensor(cache.moments[readable, 0]).float(), expected, atol=5e-3, rtol=5e-3)
+    run_in_process("train.py --data cache --steps 2 --batch-size 12 --sample-every 0")  # never reads the others
 
 
 def test_folders_without_images_are_named(tmp_path, refused):
@@ -161,19 +161,14 @@ def test_folders_without_images_are_named(tmp_path, refused):
     assert message in refused(f"{line} photos/none")
 
 
-# python SCRIPT vae.py encode ...: the record is saved after every batch, and the process is killed after the third.
+# python SCRIPT vae.py encode ...: killed at the third batch.
 KILL_ENCODING = """
-import itertools, os, sys
+import os, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import vae
-vae.time.time = itertools.count(step=60).__next__
-saves, atomic_write = itertools.count(1), vae.atomic_write
-def write(path, data):
-    atomic_write(path, data)
-    if "cache.json" in str(path) and next(saves) == 3:
-        os.kill(os.getpid(), 9)
-vae.atomic_write = write
+encode_moments, batches = vae.encode_moments, iter(range(9))
+vae.encode_moments = lambda *args: os.kill(os.getpid(), 9) if next(batches) == 3 else encode_moments(*args)
 vae.run_main(vae.main)
 """
 
@@ -192,9 +187,9 @@ def test_an_encoding_that_was_killed_and_resumed_gives_the_same_bytes(tmp_path, 
     flags = "encode --data photos --vae vae.pt --skip-bad --batch-size"
     run_in_process(f"vae.py {flags} 4 --out whole")
     command([tmp_path / "kill.py", ROOT / "vae.py", *flags.split(), "4", "--out", "killed"], expect=-signal.SIGKILL)
-    assert not Path("killed").exists() and json.loads(Path("killed.partial/cache.json").read_text())["done"] == 12
+    assert not Path("killed").exists() and Path("killed.partial/moments.bin").stat().st_size == 12 * 2 * 2 * 16 * 64
     with open("killed.partial/moments.bin", "ab") as f:
-        f.write(b"half of a batch, written after the record was saved")
+        f.write(b"a part of the next batch")
     run_in_process(f"vae.py {flags} 5 --out killed", expect=2)
     assert "killed.partial: unfinished, of other inputs or settings" in capsys.readouterr().err
     run_in_process("train.py --data killed", expect=2)
@@ -204,9 +199,7 @@ def test_an_encoding_that_was_killed_and_resumed_gives_the_same_bytes(tmp_path, 
     for name in ("killed", "cut"):
         run_in_process(f"vae.py {flags} 4 --out {name}")
         assert not Path(f"{name}.partial").exists()
-        files = ["moments.bin", "labels.npy", "cache.json", "skipped.txt", "reconstructions.png", "vae.pt"]
-        assert_same_bytes("whole", name, files)
-    assert "cut.partial/moments.bin is cut short: encoding starts over" in capsys.readouterr().out
+        assert_same_bytes("whole", name, ["moments.bin", "labels.npy", "cache.json", "reconstructions.png", "vae.pt"])
 
 
 def assert_same_bytes(a, b, names):
@@ -246,7 +239,7 @@ def test_damaged_caches_are_refused_at_the_start(small, refused):
     check("not a readable latent cache", "moments.bin", edit_moments(lambda a: a.astype(np.float32)))
     check("not a readable latent cache", "labels.npy", edit_array(lambda a: a[:-1]))
     check("not a readable latent cache", "labels.npy", edit_array(lambda a: a + 1))
-    check("not a readable latent cache", "labels.npy", edit_array(lambda a: a - 1))
+    check("not a readable latent cache", "labels.npy", edit_array(lambda a: a - 2))
     save_small_vae("other.pt", seed=1)
     check("other.pt: not the VAE of the latents in cache", "cache.json", lambda path: None, " --vae other.pt")
     assert "trained on latents of another VAE" in refused(f"{train} --init {DEMO}/mrar.pt")
@@ -335,8 +328,8 @@ FLAGS = [
     ("sample.py --dtype fp16", "--dtype"),
     ("sample.py --device tpu", "--device tpu"),
     ("sample.py --out .", "--out .: must end in"),
-    ("sample.py --out folder.png", "folder.png: could not be written (Is a directory)"),
-    ("sample.py --out file/x.png", "Not a directory"),
+    ("sample.py --class 1 --n 1 --refs 1 --steps 1 --out folder.png", "folder.png: could not be written (Is a directory)"),
+    ("sample.py --class 1 --n 1 --refs 1 --steps 1 --out file/x.png", "Not a directory"),
     ("sample.py --ckpt folder.png", "folder.png"),
     ("sample.py --num 12 --out x.npz", "--num 12: must be a multiple of the 10 classes"),
     ("finetune_mrar.py --refs 3", "--refs"),
@@ -365,7 +358,7 @@ FLAGS = [
     ("vae.py train --lr inf", "--lr"),
     ("diversity.py --seeds 0", "--seeds"),
     ("diversity.py --heatmap hat", "--heatmap hat: this model has classes 0 to 9: t-shirt"),
-    ("diversity.py --heatmap bag --out folder.png", "Is a directory"),
+    ("diversity.py --seeds 1 --heatmap bag --out folder.png", "Is a directory"),
     ("fid.py", "required: --samples"),
     ("fid.py --samples source.npz", "--ref: give a reference"),
     ("fid.py --samples source.npz --ref gone.npz", "gone.npz"),
@@ -451,24 +444,6 @@ def test_a_reader_that_is_killed_is_one_line(line, dataset, small, monkeypatch, 
     monkeypatch.setattr(dataset, "__getitem__", lambda self, i: os.kill(os.getpid(), signal.SIGKILL))
     run_in_process(line, expect=2)
     assert "a process that reads data died or hangs" in capfd.readouterr().err
-
-
-# torchrun TWO_RANKS train.py ...: the second rank gets one flag more
-OTHER_FLAGS = """
-import os, runpy, sys
-sys.argv = sys.argv[1:] + ["--lr", "1"] * (os.environ["RANK"] == "1")
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_ranks_with_different_flags_are_refused(small, command):
-    Path("other.py").write_text(OTHER_FLAGS)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    script = [small / "other.py", ROOT / "train.py", "--data", "cache", "--steps", "2", "--batch-size", "4"]
-    _, err = command(script, expect=1, launcher=launcher)  # torchrun's own status
-    assert "torchrun: the ranks differ: lr 0.002 on rank 0, 1.0 on rank 1" in err
-    assert not Path("runs/train/last.pt").exists()
 
 
 def test_pipes_are_not_images_and_odd_names_are_printable(tmp_path, monkeypatch, capsys):

@@ -302,7 +302,7 @@ def test_an_unreadable_image_is_named_also_by_a_worker(tmp_path, monkeypatch, ca
         assert not (tmp_path / "cache").exists()
 
 
-# python SCRIPT vae.py train ...: killed after the first checkpoint, which is after step 500.
+# python SCRIPT vae.py train ...: killed after the first checkpoint, which is after step 100.
 KILL_TRAINING = """
 import os, sys
 sys.argv = sys.argv[1:]
@@ -318,7 +318,7 @@ def test_a_vae_that_was_killed_and_resumed_equals_one_that_was_not(tmp_path, com
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ARCHS, "small", dict(channels=4, multipliers=(1, 1), blocks=1, z_channels=2))
     np.savez("s.npz", images=np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8), labels=[0] * 20)
-    flags = "train --data s.npz --image-size 4 --steps 502 --batch-size 2 --out"
+    flags = "train --data s.npz --image-size 4 --steps 102 --batch-size 2 --out"
     run_in_process(f"vae.py {flags} whole.pt")
     small = 'vae.ARCHS["small"] = dict(channels=4, multipliers=(1, 1), blocks=1, z_channels=2)\nvae.run_main'
     (tmp_path / "kill.py").write_text(KILL_TRAINING.replace("vae.run_main", small))
