@@ -3,6 +3,7 @@
     python tests/bench.py                                                           size B on a CPU, in minutes
     python tests/bench.py --size L --batch-size 64 --sample-batch-size 64 --steps 100   on a GPU
     python tests/bench.py --only memory                                             memory that training needs, by count
+    python tests/bench.py --only attention                                          kernels of the attentions in training
     python tests/bench.py --only loader                                             latents a second of synthetic caches
 
 Our version and the plain one take turns in one process, on the same weights and inputs. A ratio is of two neighbouring
@@ -35,6 +36,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -268,6 +270,42 @@ def count_loading():
             del batches, chains, cache
 
 
+def check_attention(size, device, dtype):
+    """Print the kernel that torch picks for each attention of a training step, and what it does.
+
+    ms, formula   forward and backward, with the size's dropout, of the kernel and of the plain formula
+    dropped       share of the weights that dropout of 0.1 drops
+    finite        whether all gradients of large scores are finite
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as train.py does
+    fused = F.scaled_dot_product_attention
+
+    def formula(q, k, v, mask, p):
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        return F.dropout((scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1), p) @ v
+
+    print(f"{size}, {device.type}, {dtype}, torch {torch.__version__}")
+    print(f"{'':14}{'kernel':>22}{'ms':>10}{'formula':>10}{'dropped':>10}{'finite':>8}")
+    for refs, batch_mul, batch in ((1, 4, 8), (4, 2, 2)):
+        config = dataclasses.replace(SIZES[size], refs=refs)
+        N, M, S = config.latent_size**2, refs * batch_mul, config.class_tokens + config.cond_tokens
+        ar, cross = (mask if refs > 1 else None for mask in ours.attention_masks(config, device))
+        cross = cross if cross is None else cross.repeat_interleave(batch_mul * N, dim=0)
+        shapes = dict(AR=(batch, S, S, ar), DiT=(batch * M, N, N, None))
+        shapes |= dict(cross=(batch, M * N, config.cond_tokens, cross))
+        for name, (B, Q, K, mask) in shapes.items():
+            new = lambda n: torch.randn(B, config.heads, n, config.width // config.heads, device=device, dtype=dtype)
+            q, k, v = (new(n).requires_grad_() for n in (Q, K, K))
+            kernel = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, config.dropout)).name
+            step = lambda f: f(q, k, v, mask, config.dropout).sum().backward()
+            times = [min(clock(lambda: step(f), device) for _ in range(4)) for f in (fused, formula)]
+            dropped = 1 - 0.9 * fused(q, k, torch.ones_like(v), mask, 0.1).double().mean().item()
+            grads = torch.autograd.grad(fused(30 * q, k, v, mask, 0.1).sum(), (q, k, v))
+            finite = all(g.isfinite().all() for g in grads)
+            row = f"{name + ' refs ' + str(refs):14}{kernel:>22}{times[0] * 1e3:10.2f}{times[1] * 1e3:10.2f}"
+            print(f"{row}{dropped:10.4f}{'yes' if finite else 'NO':>8}", flush=True)
+
+
 def compare(kind, refs, args, device, dtype, top):
     """Measure training or sampling of chains of `refs` images, and print a row."""
     torch.manual_seed(0)
@@ -305,7 +343,7 @@ def main():
     add("--sample-batch-size", type=count, default=1, help="chains drawn at once (default: 1)")
     add("--steps", type=count, default=10, help="evaluations an image in sampling (default: 10; the paper's is 100)")
     add("--rounds", type=count, default=3, help="pairs (default: 3)")
-    add("--only", choices=["train", "sample", "memory", "loader"], help="(default: train and sample)")
+    add("--only", choices=["train", "sample", "memory", "loader", "attention"], help="(default: train and sample)")
     add("--device", help="cpu, cuda ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="(default: bf16 where the hardware has it)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile of ours (default: on CUDA)")
@@ -317,6 +355,8 @@ def main():
     args.size = args.size or "B"
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if args.only == "attention":
+        return check_attention(args.size, device, dtype)
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     top = ceiling(device, dtype)
     machine = f"{device.type}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
