@@ -18,6 +18,7 @@ import math
 import re
 import signal
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -96,9 +97,8 @@ def control(seed):
 def stage2(seed, refs=4):
     """MRAR: whatever the length of the chains, a step sees the same number of images."""
     flags = dict(init=stage1(seed) / "last.pt", steps=args.tune, batch_size=args.images // refs, refs=refs)
-    flags |= (
-        dict(keep_every=max(1, args.tune // 5)) if refs == 4 else dict(sample_every=0)
-    )  # long chains take long to draw
+    # long chains take long to draw
+    flags |= dict(keep_every=max(1, args.tune // 5)) if refs == 4 else dict(sample_every=0)
     return trained(f"mrar{refs}-{seed}", finetune_mrar, seed=seed, **flags)
 
 
@@ -135,12 +135,13 @@ def measure(name, seed, draw, num=None):
         return [row for k in images for row in figures(k, np.concatenate(images[k]), labels.numpy())]
 
     def figures(k, images, labels):
-        samples, result = args.out / f"samples-{seed}.npz", args.out / f"figures-{seed}.json"
-        atomic_write(samples, lambda f: np.savez(f, arr_0=images, arr_1=labels))
-        for network, (net, stats) in networks().items():
-            run(fid, samples=samples, ref=stats, net=net, json=result)
-            for metric, key in (("distance", "frechet_distance"), ("accuracy", "accuracy")):
-                yield k, network, metric, json.loads(result.read_text())[key]
+        with tempfile.TemporaryDirectory() as folder:
+            samples, result = Path(folder, "samples.npz"), Path(folder, "figures.json")
+            np.savez(samples, arr_0=images, arr_1=labels)
+            for network, (net, stats) in networks().items():
+                run(fid, samples=samples, ref=stats, net=net, json=result)
+                for metric, key in (("distance", "frechet_distance"), ("accuracy", "accuracy")):
+                    yield k, network, metric, json.loads(result.read_text())[key]
 
     rows = cached(f"{name}, seed {seed}" + f", {num} chains" * bool(num), compute)
     return [(name + f", image {k}" * any(row[0] for row in rows), *row) for k, *row in rows]

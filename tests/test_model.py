@@ -416,7 +416,8 @@ def test_samples_have_the_published_settings_by_default():
 
 
 @pytest.mark.parametrize("size,refs,latent_size,name", [
-    ("B", 1, 16, "B"), ("L", 1, 32, "L-512"), ("L", 4, 16, "L-mrar"), ("H", 4, 16, "H-mrar"), ("B", 4, 16, "B"), ("XS", 4, 8, "XS"),
+    ("B", 1, 16, "B"),
+    ("L", 1, 32, "L-512"), ("L", 4, 16, "L-mrar"), ("H", 4, 16, "H-mrar"), ("B", 4, 16, "B"), ("XS", 4, 8, "XS"),
 ])  # fmt: skip
 def test_published_settings_are_found_by_the_shape_of_the_model(size, refs, latent_size, name):
     assert sampling_settings(dataclasses.replace(SIZES[size], refs=refs, latent_size=latent_size)) == SAMPLING[name]

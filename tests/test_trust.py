@@ -307,6 +307,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(small, refused):
 
 # ------------------------------------------------------------------------------------------ flags
 
+DRAW = "sample.py --class 1 --n 1 --refs 1 --steps 1"
 FLAGS = [
     ("sample.py --class 1000", "--class 1000: this model has classes 0 to 9"),
     ("sample.py --class trousers", "trouser"),
@@ -328,8 +329,8 @@ FLAGS = [
     ("sample.py --dtype fp16", "--dtype"),
     ("sample.py --device tpu", "--device tpu"),
     ("sample.py --out .", "--out .: must end in"),
-    ("sample.py --class 1 --n 1 --refs 1 --steps 1 --out folder.png", "folder.png: could not be written (Is a directory)"),
-    ("sample.py --class 1 --n 1 --refs 1 --steps 1 --out file/x.png", "Not a directory"),
+    (f"{DRAW} --out folder.png", "folder.png: could not be written (Is a directory)"),
+    (f"{DRAW} --out file/x.png", "Not a directory"),
     ("sample.py --ckpt folder.png", "folder.png"),
     ("sample.py --num 12 --out x.npz", "--num 12: must be a multiple of the 10 classes"),
     ("finetune_mrar.py --refs 3", "--refs"),
