@@ -744,7 +744,7 @@ def save_grid(images, path, columns, rows=(), heads=(), pad=2):
 
 def save_picture(picture, path, zoom=1):
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    atomic_write(path, lambda f: picture.save(f, format="PNG"))
+    atomic_write(path, lambda f: picture.save(f, format="PNG", optimize=True))
 
 
 def plot(curves, path, xlabel, width=640, height=400):
