@@ -328,7 +328,7 @@ def steps(seed):
 
 CLAIMS = {f.__name__: f for f in (mrar, references, autoguidance, noise, samplers, s1_s2, t, steps, refs)}
 ONE_SEED = ("samplers", "s1_s2", "steps")  # the first seed alone, since they take long
-CURVES = [(claim, "distance") for claim in ("mrar", "autoguidance", "samplers", "steps")]
+CURVES = [(claim, "distance") for claim in ("autoguidance", "samplers", "steps")]
 CURVES += [("references", "gain"), ("steps", "similarity (Eq. 15)")]
 
 
@@ -341,8 +341,8 @@ def read_table(path):
 
 def record(path, claim, seed, rows):
     """Put the rows of a claim and seed in the table; a row that is there keeps its place."""
-    table, text = read_table(path), io.StringIO()
-    table |= {(claim, setting, str(seed), network, metric): value for setting, network, metric, value in rows}
+    rows = {(claim, setting, str(seed), network, metric): value for setting, network, metric, value in rows}
+    table, text = read_table(path) | rows, io.StringIO()  # read after hours: another run may have written to it
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["claim", "setting", "seed", "network", "metric", "value"])
     writer.writerows((*key, f"{value:.6g}") for key, value in table.items())
