@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from model import SAMPLING, SIZES, Config, TransDiff, adams_bashforth, attention_masks, euler_maruyama, load_checkpoint
-from model import load_state, sampling_settings, t_from_normal, timestep_embedding
+from model import SAMPLING, SIZES, Config, TransDiff, adams_bashforth, attention, attention_masks, euler_maruyama
+from model import load_checkpoint, load_state, sampling_settings, t_from_normal, timestep_embedding
 from train import warm_start
 from vae import cast_weights
 
@@ -95,6 +95,14 @@ def test_one_step_attention_is_bidirectional():
     with torch.no_grad():
         model.ar.positions[:, -1] += 1  # only the last token of the input changes
     assert (model.encode(torch.tensor([2])) != before).any(-1).all()  # every token of c changes
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(16, 16, dtype=torch.bool).tril()], ids=["all", "masked"])
+def test_the_two_ways_to_compute_attention_agree(mask):
+    """On a CPU, bf16 takes the plain formula and float32 the fused kernel."""
+    q, k, v = torch.randn(3, 2, 16, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plain, fused = attention(q, k, v, 4, mask), attention(q.float(), k.float(), v.float(), 4, mask)
+    torch.testing.assert_close(plain.float(), fused, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("refs", [4, 16])
