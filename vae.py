@@ -312,7 +312,7 @@ class Images(torch.utils.data.Dataset):
             image = self.open(i)
         except ValueError as e:
             if not self.skip_bad:
-                raise ValueError(f"{e}; vae.py encode --skip-bad leaves such images out") from None
+                raise ValueError(f"{e}; remove it, or leave it out by vae.py encode --skip-bad") from None
             return np.full((*self.shape, 3), np.nan, np.float32)
         if image.size == self.shape[::-1]:
             return np.array(image)
@@ -371,7 +371,7 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtyp
             os.fsync(f.fileno())
     moments = np.memmap(partial / "moments.bin", np.float16, "r", shape=shape)
     readable = np.isfinite(moments[:, 0, 0, 0, 0])
-    names = [images.name(i) for i in np.flatnonzero(~readable)]
+    names = [printable(images.name(i)) for i in np.flatnonzero(~readable)]
     if not readable.any():
         raise ValueError(f"{images.path}: none of its {len(images)} images can be read; the first: {names[0]}")
     atomic_write(partial / "labels.npy", lambda f: np.save(f, np.where(readable, images.labels, -1)))
