@@ -3,7 +3,7 @@
     python tests/bench.py                                                           size B on a CPU, in minutes
     python tests/bench.py --size L --batch-size 64 --sample-batch-size 64 --steps 100   on a GPU
     python tests/bench.py --only memory                                             memory that training needs, by count
-    python tests/bench.py --only attention                                          kernels of training: pick, time, rate
+    python tests/bench.py --only attention                                          attention kernels of training
     python tests/bench.py --only loader                                             latents a second of synthetic caches
 
 Our version and the plain one take turns in one process, on the same weights and inputs. A ratio is of two neighbouring
