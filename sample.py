@@ -34,15 +34,12 @@ def parse():
     add, count = parser.add_argument, bounded(int, 1)
     add("--class", nargs="+", dest="classes", metavar="CLASS", help="indices or names (default: ten; with --num, all)")
     add("--n", type=count, default=8, help="images of each class (default: 8)")
-    mode, weights = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
-    mode.add_argument("--num", type=count, help="images in all, the classes in turn, written to an .npz")
+    mode, weights = (parser.add_mutually_exclusive_group().add_argument for _ in range(2))
+    mode("--num", type=count, help="images in all, the classes in turn, written to an .npz")
     add("--refs", type=count, help="images in the chain; the last is the result (default: the model's)")
-    mode.add_argument("--show-chain", action="store_true", help="draw every image of each chain, one chain a row")
-    fuse = "columns A, B, and A's first half of features with B's second"
-    mode.add_argument("--fuse", nargs=2, metavar=("A", "B"), help=fuse)
-    mode.add_argument(
-        "--features", nargs="+", type=count, metavar="K", help="columns decoded from the first K features"
-    )
+    mode("--show-chain", action="store_true", help="draw every image of each chain, one chain a row")
+    mode("--fuse", nargs=2, metavar=("A", "B"), help="columns A, B, and A's first half of features with B's second")
+    mode("--features", nargs="+", type=count, metavar="K", help="columns decoded from the first K features")
     add("--references", nargs="+", metavar="IMAGE", help="images that start every chain, cropped as in training")
     add("--steps", type=count, help="network evaluations an image (default: 8 for XS, else 100)")
     cfg = "guidance scale, 1 = none; one, or one for each image (default: the published value of the model)"
@@ -54,9 +51,8 @@ def parse():
     add("--seed", type=bounded(int, 0), default=0, help="image i is a function of the seed and i (default: 0)")
     add("--batch-size", type=count, default=64, help="images drawn at once (default: 64)")
     ckpt = f"model: a run's folder, ema.pt or last.pt, or a released file (default: {DEMO_MODEL.name})"
-    weights.add_argument("--ckpt", help=ckpt)
-    released = "the authors' weights and VAE, fetched once to torch's hub folder"
-    weights.add_argument("--pretrained", choices=RELEASED, help=released)
+    weights("--ckpt", help=ckpt)
+    weights("--pretrained", choices=RELEASED, help="the authors' weights and VAE, fetched once to torch's hub folder")
     add("--vae", help="VAE that made the model's latents (default: vae.pt beside the model)")
     add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.png, with --num .npz)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
@@ -74,8 +70,10 @@ def check(args):
         raise ValueError("--references: start chains that are drawn whole; leave out --fuse and --features")
     columns = args.show_chain or args.fuse or args.features
     suffixes = [".npz"] if args.num or WORLD > 1 else [".png"] if columns else [".png", ".npz"]
-    if Path(args.out).suffix not in suffixes or columns and WORLD > 1:
-        raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here; torchrun draws no pictures")
+    if columns and WORLD > 1:
+        raise ValueError("torchrun: pictures are drawn by one process; leave torchrun out, or use --num")
+    if Path(args.out).suffix not in suffixes:
+        raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
     if args.out.endswith(".npz") and Path(args.out).exists():
         raise ValueError(f"--out {args.out}: is there already; remove it or give another")
 

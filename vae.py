@@ -245,9 +245,7 @@ def image_files(root):
 
 def read_folder(root, labelled):
     """(paths below root as bytes [N], labels [N], class names); labelled: the classes are the sorted subfolders."""
-    names = [""]
-    if labelled:
-        names = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
+    names = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name[0] != ".") if labelled else [""]
     paths = [image_files(root / name) for name in names]
     empty = [name for name, files in zip(names, paths) if not files]
     if empty:

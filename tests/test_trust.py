@@ -161,7 +161,7 @@ def test_folders_without_images_are_named(tmp_path, refused):
     assert message in refused(f"{line} photos/none")
 
 
-# python SCRIPT vae.py encode ...: killed at the third batch.
+# python SCRIPT vae.py encode ...: killed after three batches.
 KILL_ENCODING = """
 import os, sys
 sys.argv = sys.argv[1:]
