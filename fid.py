@@ -24,10 +24,10 @@ INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/m
 
 
 # ---------------------------------------------------------------------------------------------- the measures
-def mean_and_covariance(sums):
-    """Mean [D] and unbiased covariance [D, D] from the sums of extract: n, total of x, outer of x x^T."""
-    mu = sums["total"] / sums["n"]
-    return mu, (sums["outer"] - sums["n"] * torch.outer(mu, mu)) / (sums["n"] - 1)
+def mean_and_covariance(features):
+    """Mean [D] and unbiased covariance [D, D], float64, of features [N, D]."""
+    features = features.double()
+    return features.mean(0), torch.cov(features.T)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -45,21 +45,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).clamp_min(0).item()
 
 
-def score_parts(n):
-    """The part of the Inception Score, 0 to 9, that each of n samples is in, cut as torch-fidelity does."""
-    parts = np.empty(n, np.int64)
-    parts[np.random.RandomState(2020).permutation(n)] = np.repeat(np.arange(10), np.diff(np.arange(11) * n // 10))
-    return torch.from_numpy(parts)
+def inception_score(p):
+    """exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016) of class probabilities [N, K]: mean and deviation of ten parts.
 
-
-def inception_score(sums):
-    """exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016) from the sums of extract: mean and deviation over 10 parts.
-
-    E_x KL = E_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y).
+    E_x KL = E_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y). The parts are torch-fidelity's.
     """
-    p_y = sums["p_sums"] / sums["counts"][:, None]
-    scores = (sums["p_log_p_sums"] / sums["counts"] - torch.xlogy(p_y, p_y).sum(1)).exp()
-    return scores.mean().item(), scores.std(correction=0).item()
+    n, order, scores = len(p), np.random.RandomState(2020).permutation(len(p)), []
+    for i in range(10):
+        part = p[order[i * n // 10 : (i + 1) * n // 10]].double()
+        p_y = part.mean(0)
+        scores.append((torch.xlogy(part, part).sum(1).mean() - torch.xlogy(p_y, p_y).sum()).exp())
+    return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
 
 
 def precision_recall(samples, reference, k=3, device="cpu"):
@@ -84,50 +80,24 @@ def precision_recall(samples, reference, k=3, device="cpu"):
 
 # ---------------------------------------------------------------------------------------------- features
 def load_net(path, device):
-    """TorchScript network: net(x, return_features=True) -> features [N, D], net(x, no_output_bias=True) -> class
-    probabilities [N, K], of images x uint8 [N, 3, H, W].
-
-    Returns (net, number of features, number of classes).
-    """
+    """TorchScript network: images x uint8 [N, 3, H, W] -> net(x, return_features=True) [N, D], and
+    net(x, no_output_bias=True), class probabilities [N, K]. Returns (net, D)."""
     with readable(path, "TorchScript feature network"):
         net = torch.jit.load(str(path), map_location=device).eval()
         with torch.inference_mode():
             image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device)
-            (_, width), (_, classes) = net(image, return_features=True).shape, net(image, no_output_bias=True).shape
-    return net, width, classes
+            _, (_, width) = net(image, no_output_bias=True).shape, net(image, return_features=True).shape
+    return net, width
 
 
-def extract(net, images, args, classify=False, keep=False):
-    """Run net, as load_net returns it, over all images.
-
-    Returns (sums, features). sums: running float64 sums over the features x, n, total [D] of x, outer [D, D] of x x^T;
-    with `classify` also, for each part of the Inception Score, counts [10], p_sums [10, K] of p(y|x), p_log_p_sums [10]
-    of sum_y p log p; and `correct`, the images classified as labelled. features: with `keep`, [N, D].
-    """
-    net, width, num_classes = net
-    zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
-    sums = dict(n=zeros(1), total=zeros(width), outer=zeros(width, width))
-    sums |= dict(counts=zeros(10), p_sums=zeros(10, num_classes), p_log_p_sums=zeros(10), correct=zeros(1))
-    labels, parts, kept = torch.from_numpy(images.labels), score_parts(len(images)), []
+def extract(net, images, args, **output):
+    """net(x, **output) of all images -> float32 [N, D] on the CPU."""
     loader = torch.utils.data.DataLoader(images, args.batch_size, num_workers=args.workers)
-    bar = tqdm(loader, unit="batch", desc=f"features of {images.path}")
-    for batch, indices in zip(bar, torch.arange(len(images)).split(args.batch_size)):
-        x = batch.permute(0, 3, 1, 2).contiguous().to(args.device)
-        features = net(x, return_features=True).float().cpu()
-        if not features.isfinite().all():
-            raise ValueError(f"{images.path}: the network gives features that are not finite")
-        kept += [features] if keep else []
-        features = features.double()
-        sums["n"] += len(features)
-        sums["total"] += features.sum(0)
-        sums["outer"].addmm_(features.T, features)
-        if classify:
-            p = net(x, no_output_bias=True).double().cpu()
-            sums["counts"] += torch.bincount(parts[indices], minlength=10)
-            sums["p_sums"].index_add_(0, parts[indices], p)
-            sums["p_log_p_sums"].index_add_(0, parts[indices], torch.xlogy(p, p).sum(1))
-            sums["correct"] += (p.argmax(1) == labels[indices]).sum()
-    return sums, torch.cat(kept) if kept else None
+    batches = tqdm(loader, unit="batch", desc=f"{', '.join(output)} of {images.path}")
+    x = torch.cat([net(x.permute(0, 3, 1, 2).contiguous().to(args.device), **output).float().cpu() for x in batches])
+    if not x.isfinite().all():
+        raise ValueError(f"{images.path}: the network gives numbers that are not finite")
+    return x
 
 
 def open_reference(path, samples, network, width):
@@ -173,8 +143,6 @@ def parse():
         raise ValueError("--ref: give a reference (or --save-stats F.npz, to write the samples' statistics)")
     if args.ref and not Path(args.ref).exists():
         raise ValueError(f"--ref {args.ref}: no such file or folder")
-    if args.save_stats and not args.save_stats.endswith(".npz"):
-        raise ValueError(f"--save-stats {args.save_stats}: must end in .npz")
     return args
 
 
@@ -184,45 +152,39 @@ def main():
     args.device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # its rounding shows in FID
     net_path = args.net or fetch(INCEPTION, Path(torch.hub.get_dir()) / "transdiff" / Path(INCEPTION).name)
-    net, network = load_net(net_path, args.device), sha256_prefix(Path(net_path).read_bytes())
-    reference, stats = open_reference(args.ref, samples, network, net[1]) if args.ref else (None, None)
-    for flag, images in (("--samples", samples), ("--ref", reference or samples)):
-        if len(images) < 2:
-            raise ValueError(f"{flag} {images.path}: give 2 images or more")
+    (net, width), network = load_net(net_path, args.device), sha256_prefix(Path(net_path).read_bytes())
+    reference, stats = open_reference(args.ref, samples, network, width) if args.ref else (None, None)
+    for images in (samples, reference or samples):
+        if len(images) < 10:
+            raise ValueError(f"{images.path}: has {len(images)} images; the measures need 10 or more")
 
     # TorchScript would spend its first calls on profiling itself
     with torch.inference_mode(), torch.jit.optimized_execution(False):
-        sums, features = extract(net, samples, args, classify=True, keep=reference is not None)
-        if reference:
-            ref_sums, ref_features = extract(net, reference, args, keep=True)
-            stats = stats or mean_and_covariance(ref_sums)
-    mu, sigma = mean_and_covariance(sums)
+        features = extract(net, samples, args, return_features=True)
+        p = extract(net, samples, args, no_output_bias=True)
+        ref_features = extract(net, reference, args, return_features=True) if reference else None
+    mu, sigma = mean_and_covariance(features)
     if args.save_stats:
         arrays = dict(mu=mu.numpy(), sigma=sigma.numpy(), network=np.array(network))
         atomic_write(args.save_stats, lambda f: np.savez(f, **arrays))
         print(f"wrote the statistics of {args.samples} to {args.save_stats}")
-    result = {}
+    result = dict(zip(("inception_score", "inception_score_std"), inception_score(p)))
     if args.ref:
+        stats = stats or mean_and_covariance(ref_features)
         result["frechet_distance" if args.net else "fid"] = frechet_distance(mu, sigma, *stats)
-    if len(samples) >= 10:
-        result["inception_score"], result["inception_score_std"] = inception_score(sums)
-    if reference and min(len(samples), len(reference)) > 3:
+    if reference:
         result["precision"], result["recall"] = precision_recall(features, ref_features, device=args.device)
-    if hasattr(net[0], "classes") and 1 < len(samples.classes) <= len(net[0].classes):  # of demo/train_features.py
-        result["accuracy"] = (sums["correct"] / sums["n"]).item()
+    if hasattr(net, "classes") and 1 < len(samples.classes) <= len(net.classes):  # of demo/train_features.py
+        result["accuracy"] = (p.argmax(1).numpy() == samples.labels).mean().item()
     report(result, args, samples, network)
 
 
 def report(result, args, samples, network):
-    """Print the numbers, say which are missing and why, and write --json."""
+    """Print the numbers and write --json."""
     n, (height, width) = len(samples), samples.shape
     print(f"{args.samples}: {n:,} images of {height} x {width} px, in the features of {args.net or 'Inception'}")
     for name, value in result.items():
         print(f"  {name:24}{value:10.4f}")
-    if args.ref and "precision" not in result:
-        print("no precision and recall: they need 4 images or more of samples and reference, not statistics")
-    if "inception_score" not in result:
-        print("no Inception Score: it needs 10 samples or more")
     if n < 10_000:
         print("fid.py: warning: a distance of fewer than 10,000 samples is biased upwards", file=sys.stderr)
     if args.json:

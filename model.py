@@ -73,7 +73,7 @@ SIZES = {  # Appendix B: width, heads, AR blocks, DiT blocks; XS is ours, for th
 }
 
 SAMPLING = {  # the release's settings of each model, ours for XS; -mrar: refs > 1, where they differ
-    "XS": dict(steps=8, cfg=2.0, sampler="adams-bashforth"),
+    "XS": dict(steps=12, cfg=2.0, cfg_below=0.65, null_refs=False, sampler="adams-bashforth"),
     "B": dict(steps=100, cfg=1.30, s1=0.87, s2=0.91),
     "L": dict(steps=100, cfg=1.30, s1=0.89, s2=0.95),
     "H": dict(steps=100, cfg=1.23, s1=0.87, s2=0.93),
@@ -88,7 +88,7 @@ def sampling_settings(config):
     """SAMPLING of the published model of this width."""
     name = {160: "XS", 768: "B", 1024: "L", 1280: "H"}.get(config.width, "other")
     if name == "L" and config.refs == 1 and config.latent_size == 32:
-        return SAMPLING["L-512"]
+        name = "L-512"
     return SAMPLING.get(name + "-mrar" * (config.refs > 1), SAMPLING[name])
 
 
@@ -402,37 +402,34 @@ class TransDiff(nn.Module):
         keys_values = self.decoder.keys_values(self.encode(classes))
         return [(k.index_select(0, labels), v.index_select(0, labels)) for k, v in keys_values]
 
-    def encode_guided(self, labels, references, cfg):
-        """c as decode takes it: of the class and, where cfg is not 1, of the null class with the same references."""
-        if cfg != 1:
-            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
-            references = None if references is None else torch.cat([references, references])
-        return self.encode(labels, references)
-
     @torch.no_grad()
-    def decode(self, c, noise, steps=100, cfg=1.0, s1=1.0, s2=1.0, sampler="euler-maruyama", noise_sampler=None):
+    def decode(self, c, noise, c_null=None, cfg=1.0, cfg_below=1.0, steps=100, sampler="euler-maruyama", **settings):
         """Diff(c, eps) of Eq. 7: one image for each condition.
 
-        c        [B, K, width], K up to cond_tokens; under guidance [2 B, K, width], the null class's conditions last
-        noise    [B, C, H, W], standard normal
-        cfg      guidance scale; 1 is none, at one evaluation a step instead of two
-        sampler  "euler-maruyama", the paper's, or "adams-bashforth", which has no noise and no use for s1, s2
+        c          [B, K, width], K up to cond_tokens
+        noise      [B, C, H, W], standard normal
+        c_null     [B, K', width]: condition of the null class, for guidance (default: none, half the work)
+        cfg        guidance scale, used at t <= cfg_below (Kynkaanniemi et al. 2024); in paper and release at every t
+        sampler    "euler-maruyama", the paper's, or "adams-bashforth", which has no noise
+        settings   of euler_maruyama: s1, s2, noise_sampler
         Returns latents [B, C, H, W].
         """
         if sampler not in ("euler-maruyama", "adams-bashforth") or steps < 1:
             raise ValueError(f"sampler {sampler}, steps {steps}: expected a sampler named above and 1 step or more")
         keys_values = self.decoder.keys_values(c)
+        null_keys_values = None if c_null is None else self.decoder.keys_values(c_null)
 
         def velocity(x, t):
-            t = torch.full((1,), t, device=x.device)
-            if cfg == 1:
-                return self.decoder(x, t, keys_values).float()
-            v, v_null = self.decoder(torch.cat([x, x]), t, keys_values).float().chunk(2)
+            t_ = torch.full((1,), t, device=x.device)
+            v = self.decoder(x, t_, keys_values).float()
+            if c_null is None or t > cfg_below:
+                return v
+            v_null = self.decoder(x, t_, null_keys_values).float()
             return v_null + cfg * (v - v_null)  # the drift is affine in v, so mixing velocities is mixing drifts
 
         if sampler == "adams-bashforth":
             return adams_bashforth(velocity, noise, steps)
-        return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
+        return euler_maruyama(velocity, noise, steps, **settings)
 
     @torch.no_grad()
     def sample(self, labels, refs=None, noise=None, noise_sampler=None, references=None, **settings):
@@ -445,22 +442,25 @@ class TransDiff(nn.Module):
         noise          [B, C, H, W], standard normal: every image of a chain starts from it, as in the release
         noise_sampler  as for euler_maruyama
         references     latents [B, k, C, H, W], k < refs: the first images of the chain (default: none, all are drawn)
-        settings       steps, cfg (a number, or one for each image), s1, s2, sampler, as for decode (default: SAMPLING)
+        settings       steps, cfg (a number, or one for each image), cfg_below, sampler, s1, s2, as for decode;
+                       null_refs: give the null class the references too, as the release does (defaults: SAMPLING)
         """
         config, noise_sampler = self.config, noise_sampler or torch.randn_like
         refs = refs or config.refs
         settings = sampling_settings(config) | {k: v for k, v in settings.items() if v is not None}
-        cfg = settings.pop("cfg")
+        cfg, null_refs = settings.pop("cfg"), settings.pop("null_refs", True)
         cfg = cfg if isinstance(cfg, list) else [cfg] * refs
         if not 1 <= refs <= config.refs or len(cfg) < refs:
             expected = f"chains of 1 to {config.refs}, and takes a cfg for each image"
             raise ValueError(f"refs {refs}, cfg {cfg}: the model draws {expected}")
         if noise is None:
             noise = noise_sampler(torch.empty(len(labels), *config.latent_shape, device=labels.device))
+        null = torch.full_like(labels, config.num_classes)
         chain = noise[:, None][:, :0] if references is None else references  # no images yet: [B, 0, C, H, W]
         for k in range(chain.shape[1], refs):
-            c = self.encode_guided(labels, chain, cfg[k])
-            x = self.decode(c, noise, cfg=cfg[k], noise_sampler=noise_sampler, **settings)
+            c = self.encode(labels, chain)
+            c_null = self.encode(null, chain if null_refs else None) if cfg[k] != 1 else None
+            x = self.decode(c, noise, c_null, cfg[k], noise_sampler=noise_sampler, **settings)
             chain = torch.cat([chain, x[:, None]], dim=1)
         return chain
 

@@ -12,7 +12,6 @@ torchrun --nproc_per_node 8 -- sample.py --num 50000 --ckpt CKPT --out samples.n
 import argparse
 import datetime
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
 from vae import DEMO_MODEL, DEMO_VAE, RANK, WORLD, atomic_write, autocast, bounded, cast_weights, center_crop
-from vae import class_index, fetch_released, from_uint8, keep_settings, latents_to_images, load_vae, lock_folder
+from vae import class_index, fetch_released, from_uint8, keep_settings, latents_to_images, load_vae
 from vae import per_image_noise, pick_device, pick_dtype, read_image, run_main, save_grid, sha256_prefix
 from vae import shorten
 
@@ -41,19 +40,22 @@ def parse():
     mode("--fuse", nargs=2, metavar=("A", "B"), help="columns A, B, and A's first half of features with B's second")
     mode("--features", nargs="+", type=count, metavar="K", help="columns decoded from the first K features")
     add("--references", nargs="+", metavar="IMAGE", help="images that start every chain, cropped as in training")
-    add("--steps", type=count, help="network evaluations an image (default: 8 for XS, else 100)")
-    cfg = "guidance scale, 1 = none; one, or one for each image (default: the published value of the model)"
-    add("--cfg", nargs="+", type=bounded(float, 0), help=cfg)
-    add("--s1", type=bounded(float, 0), help="scale of the drift, Eq. 18 (default: the published value of the model)")
-    add("--s2", type=bounded(float, 0), help="scale of the noise, Eq. 18 (default: the published value of the model)")
-    sampler = "the paper's (default), or one without noise for few steps (default for XS)"
-    add("--sampler", choices=["euler-maruyama", "adams-bashforth"], help=sampler)
+    sampling = parser.add_argument_group("sampling (default: the published settings of the model, model.SAMPLING)")
+    setting = sampling.add_argument
+    setting("--steps", type=count, help="of the sampler, for each image")
+    setting("--cfg", nargs="+", type=bounded(float, 0), help="guidance scale, 1 = none; one, or one for each image")
+    setting("--cfg-below", type=bounded(float, 0, 1), help="guide where t, 1 = noise, is at most this")
+    setting("--null-refs", action=argparse.BooleanOptionalAction, help="guide against null with the references")
+    setting("--s1", type=bounded(float, 0), help="scale of the drift, Eq. 18")
+    setting("--s2", type=bounded(float, 0), help="scale of the noise, Eq. 18")
+    samplers = ["euler-maruyama", "adams-bashforth"]
+    setting("--sampler", choices=samplers, help="the paper's, or one without noise for few steps")
     add("--seed", type=bounded(int, 0), default=0, help="image i is a function of the seed and i (default: 0)")
     add("--batch-size", type=count, default=64, help="images drawn at once (default: 64)")
     ckpt = f"model: a run's folder, ema.pt or last.pt, or a released file (default: {DEMO_MODEL.name})"
     weights("--ckpt", help=ckpt)
     weights("--pretrained", choices=RELEASED, help="the authors' weights and VAE, fetched once to torch's hub folder")
-    add("--vae", help="VAE that made the model's latents (default: vae.pt beside the model)")
+    add("--vae", help="VAE that made the model's latents (default: vae.pt beside the model, else the bundled one)")
     add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.png, with --num .npz)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where the hardware has it)")
@@ -85,31 +87,22 @@ def load(args, device, dtype):
     args.ckpt = Path(args.ckpt or DEMO_MODEL)
     args.ckpt = args.ckpt / "ema.pt" if args.ckpt.is_dir() else args.ckpt
     model = load_checkpoint(args.ckpt, device)
-    vae = load_vae(args.vae or find_vae(args.ckpt, model.info), device)
-    if vae.digest != model.info.get("vae_digest", vae.digest):
-        print(f"sample.py: warning: --vae {vae.path} is not the VAE of this model's latents", file=sys.stderr)
-    if vae.z_channels != model.config.latent_channels:
-        raise ValueError(f"--vae {vae.path}: has {vae.z_channels} channels, the model {model.config.latent_channels}")
+    beside = args.ckpt.parent / "vae.pt"
+    vae = load_vae(args.vae or (beside if beside.exists() else DEMO_VAE), device)
+    same_vae = vae.digest == model.info.get("vae_digest", vae.digest)  # released files do not name theirs
+    if not same_vae or vae.z_channels != model.config.latent_channels:
+        raise ValueError(f"--vae {vae.path}: not the VAE of this model's latents; give that one")
     args.refs = args.refs or model.config.refs
-    if args.references and len(args.references) >= args.refs:
-        raise ValueError(f"--references: a chain of {args.refs} starts with at most {args.refs - 1} of them")
-    if args.refs > model.config.refs:
-        longer = "; finetune_mrar.py trains longer chains" * (model.config.refs == 1)
-        raise ValueError(f"--refs {args.refs}: this model draws chains of 1 to {model.config.refs} images{longer}")
+    if not len(args.references or []) < args.refs <= model.config.refs:
+        chains = f"this model draws chains of 1 to {model.config.refs} images, at most all but one of them --references"
+        raise ValueError(f"--refs {args.refs}: {chains}")
     args.cfg = args.cfg and (args.cfg if len(args.cfg) > 1 else args.cfg[0])
-    given = {k: getattr(args, k) for k in ("steps", "cfg", "s1", "s2", "sampler") if getattr(args, k) is not None}
+    given = {k: vars(args)[k] for k in ("steps", "cfg", "cfg_below", "null_refs", "s1", "s2", "sampler")}
+    given = {k: v for k, v in given.items() if v is not None}
     args.sampling = dict(sampler="euler-maruyama") | sampling_settings(model.config) | given
     if args.sampling["sampler"] == "adams-bashforth" and {"s1", "s2"} & set(given):
-        raise ValueError("--s1, --s2: this sampler has no noise to scale; add --sampler euler-maruyama")
+        raise ValueError("--s1, --s2: this sampler has no noise to scale; add --sampler euler-maruyama --steps 25")
     return cast_weights(model, dtype), vae
-
-
-def find_vae(ckpt, info):
-    """Path of the VAE that made a model's latents: beside the model, or the bundled one."""
-    for path in (ckpt.parent / "vae.pt", DEMO_VAE):
-        if path.is_file() and sha256_prefix(path.read_bytes()) == info.get("vae_digest"):
-            return path
-    raise ValueError(f"--vae: give the VAE of this model's latents; {ckpt.parent}/vae.pt is not there or is another")
 
 
 def choose_labels(args, model):
@@ -124,10 +117,15 @@ def choose_labels(args, model):
     return labels, [names[k] if names else str(k) for k in classes]
 
 
-def count_evaluations(model, total):
-    """Progress bar of the decoder's evaluations."""
-    bar = tqdm(total=total, unit="evaluation", disable=RANK > 0)
-    model.decoder.register_forward_hook(lambda *_: bar.update() and None)  # None leaves the output as it is
+def count_steps(model, total):
+    """Progress bar of the sampler's steps: calls of the decoder, of which one with the null class has the same t."""
+    bar, last = tqdm(total=total, unit="step", disable=RANK > 0), [None]
+
+    def after_call(decoder, inputs, velocity):
+        bar.update(inputs[1] is not last[0])
+        last[0] = inputs[1]
+
+    model.decoder.register_forward_hook(after_call)
 
 
 def draw_chains(model, vae, labels, args, device, batches=None):
@@ -141,7 +139,7 @@ def draw_chains(model, vae, labels, args, device, batches=None):
         crops = [center_crop(read_image(path), vae.factor * model.config.latent_size) for path in args.references]
         mean, _ = vae.encode(from_uint8(np.stack(crops)).to(device))
         references = (mean.float() * vae.scale).expand(size, -1, -1, -1, -1)
-    count_evaluations(model, len(batches) * (args.refs - len(args.references or [])) * args.sampling["steps"])
+    count_steps(model, len(batches) * (args.refs - len(args.references or [])) * args.sampling["steps"])
     for b in batches:
         batch = labels[b * size : (b + 1) * size]
         n = len(batch)
@@ -159,7 +157,6 @@ def write_npz(model, vae, labels, args, device):
     Each batch is a file in OUT.partial, drawn by rank b % WORLD_SIZE; a killed run resumes where it stopped.
     """
     partial, num_batches = Path(f"{args.out}.partial"), -(-len(labels) // args.batch_size)
-    lock = lock_folder(partial) if RANK == 0 else None
     settings = {k: vars(args)[k] for k in ("seed", "batch_size", "refs", "dtype")}
     settings |= dict(args.sampling, labels=labels, vae=vae.digest)
     settings["references"] = [sha256_prefix(Path(path).read_bytes()) for path in args.references or []]
@@ -177,7 +174,6 @@ def write_npz(model, vae, labels, args, device):
     if RANK == 0:
         images = np.concatenate([np.load(file) for file in files])
         atomic_write(args.out, lambda f: np.savez(f, arr_0=images, arr_1=np.array(labels, np.int64)))
-        lock.close()
         shutil.rmtree(partial)
 
 
@@ -185,19 +181,21 @@ def decode_conditions(model, vae, labels, parts, args, device):
     """Figures 1 and 5: decode parts of the features with the same noise -> uint8 images [N, len(parts), H, W, 3].
 
     labels  lists of N classes: c of each is that of the last image of a chain drawn for it
-    parts   functions of the list of those c that return the c to decode
+    parts   functions of the list of those c that return the c to decode, guided against null without references
     """
-    N, conditions, images, cfg = len(labels[0]), [], [], args.sampling["cfg"]
-    last = args.sampling | dict(cfg=cfg[-1] if isinstance(cfg, list) else cfg)  # of the last image
-    count_evaluations(model, (len(labels) * (args.refs - 1) + len(parts)) * args.sampling["steps"])
+    N, conditions, images, settings = len(labels[0]), [], [], dict(args.sampling)
+    cfg = np.ravel(settings.pop("cfg"))[-1].item()  # of the last image
+    settings.pop("null_refs", None)
+    count_steps(model, (len(labels) * (args.refs - 1) + len(parts)) * settings["steps"])
     for y in labels:
         y, randn = torch.tensor(y, device=device), per_image_noise(args.seed, range(N), device)
         chain = model.sample(y, args.refs - 1, noise_sampler=randn, **args.sampling) if args.refs > 1 else None
-        conditions.append(model.encode_guided(y, chain, last["cfg"]))
+        conditions.append(model.encode(y, chain))
+    c_null = model.encode(torch.full_like(y, model.config.num_classes)) if cfg != 1 else None
     for part in parts:
         randn = per_image_noise(args.seed, range(N), device)
         noise = randn(torch.empty(N, *model.config.latent_shape))
-        x = model.decode(part(conditions), noise, noise_sampler=randn, **last)
+        x = model.decode(part(conditions), noise, c_null, cfg, noise_sampler=randn, **settings)
         images.append(latents_to_images(vae, x))
     return np.stack(images, axis=1)
 

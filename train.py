@@ -3,8 +3,8 @@
     python train.py                                       the XS demo on the bundled images, minutes on a CPU
     torchrun --nproc_per_node 8 train.py --size B --data LATENTS    the paper's recipe on ImageNet
 
-A run writes OUT/last.pt (all that --resume needs), OUT/ema.pt (EMA weights in float16, for sample.py), OUT/log.csv with
-its curve loss.png, and pictures of samples. finetune_mrar.py, stage 2, runs this same loop on chains of images.
+A run writes OUT/last.pt (all that --resume needs), OUT/ema.pt (EMA weights in float16, for sample.py), OUT/log.csv and
+pictures of samples. finetune_mrar.py, stage 2, runs this same loop on chains of images.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from model import SIZES, TransDiff, load_file, load_state, t_from_normal
 from vae import DEMO_DATA, RANK, WORLD, Images, LatentCache, atomic_write, autocast, bounded
-from vae import derive_seed, encode_images, latents_to_images, load_vae, lock_folder, name_vae, per_image_noise
-from vae import pick_device, pick_dtype, plot, run_main, sample_posterior, save_grid, sha256_prefix, shorten
+from vae import derive_seed, encode_images, latents_to_images, load_vae, name_vae, per_image_noise
+from vae import pick_device, pick_dtype, run_main, sample_posterior, save_grid, sha256_prefix, shorten
 
 # Defaults of the flags of the same names. Epochs, lr, batch size, weight decay: Appendix B; the rest: the release.
 # warmup is a fraction of the run: 1/8 of 800 epochs is the release's 100. The release scales lr with the batch size.
@@ -187,8 +187,6 @@ def train(args):
 def setup(args):
     """Pick the device, start the process group. Returns (device, last.pt or None)."""
     path = Path(args.out, "last.pt")
-    if path.parent.is_file():
-        raise ValueError(f"--out {args.out}: is a file; give another name")
     if path.exists() and not args.resume:
         raise ValueError(f"{path} exists: --resume continues that run; else give another --out, or remove {args.out}")
     device = pick_device(args.device)
@@ -220,23 +218,16 @@ def resolve_flags(args, last, device):
     recipe = COMMON | RECIPES[f"XS {stage}" if demo else "512 px" if flags["only_decoder"] else stage]
     recipe |= dict(data=str(DEMO_DATA) if demo else "latents", compile=device.type == "cuda")
     args = argparse.Namespace(**(vars(args) | recipe | flags))
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    fits = MICRO_BATCH[args.size] * memory / 80e9
-    args.accumulate = args.accumulate or fit_accumulate(args.batch_size // WORLD, fits)
+    if not args.accumulate:
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+        micro_batches = args.batch_size / WORLD / (MICRO_BATCH[args.size] * memory / 80e9)
+        args.accumulate = 2 ** max(0, math.ceil(math.log2(micro_batches or 1)))
     if args.batch_size % (WORLD * args.accumulate):
         needs = f"must be a multiple of {WORLD} processes x --accumulate {args.accumulate}"
         raise ValueError(f"--batch-size {args.batch_size}: {needs}")
     if args.only_decoder and not (args.init or args.resume):
         raise ValueError("--only-decoder: needs --init, the model whose AR Transformer it keeps")
     return args
-
-
-def fit_accumulate(local_batch, fits):
-    """The fewest micro-batches, a power of two, of at most `fits` of the `local_batch` chains each."""
-    accumulate = 1
-    while local_batch > fits * accumulate and local_batch % (2 * accumulate) == 0:
-        accumulate *= 2
-    return accumulate
 
 
 def open_cache(args, device):
@@ -353,20 +344,17 @@ class Run:
         self.step, self.rows = (last["step"], last["log"]) if last else (0, [])
         self.steps_per_epoch = chains.chains_per_epoch / args.batch_size
         self.steps_since_log, self.loss_sum, self.started = 0, torch.zeros((), device=device), time.time()
-        self.signal = None  # (number, time) of SIGTERM or Ctrl-C
+        self.signal = None  # number of SIGTERM or Ctrl-C
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.on_signal)
-        # a CPU group for stop flags, so that asking does not wait for the GPU
-        self.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)) if WORLD > 1 else None
         if RANK == 0:
-            self.lock = lock_folder(self.out)
             if not (self.out / "vae.pt").exists():  # a run's folder is complete: it can be moved
                 atomic_write(self.out / "vae.pt", (self.cache.path / "vae.pt").read_bytes())
             count = sum(p.numel() for p in model.parameters())
+            epochs, micro_batch = args.steps / self.steps_per_epoch, args.batch_size // WORLD // args.accumulate
             print(f"TransDiff-{self.name}: {count:,} parameters on {WORLD} x {device.type} in {args.dtype}")
-            print(f"{len(self.cache):,} images of {len(self.cache.classes)} classes, chains of {args.refs}")
-            print(f"{args.steps} steps of {args.batch_size} chains: {args.steps / self.steps_per_epoch:.1f} epochs")
-            print(f"{args.accumulate} micro-batches a step of {args.batch_size // WORLD // args.accumulate} chains")
+            print(f"{len(chains.images):,} images of {len(self.cache.classes)} classes in chains of {args.refs}")
+            print(f"{args.steps} steps, {epochs:.1f} epochs, of {args.batch_size} chains, {micro_batch} at once")
             print(f"resuming from {self.out}/last.pt at step {self.step}" if self.step else f"writing to {self.out}")
         self.bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=RANK > 0, desc=self.name)
 
@@ -374,9 +362,8 @@ class Run:
         """Refuse a loss or gradient that is not finite, before the optimiser touches the weights."""
         if not math.isfinite(grad_norm):
             self.bar.close()
-            images = self.chains.indices(self.step).ravel()[:16].tolist()
-            what = f"the loss or gradient of step {self.step + 1} is not finite; its first images: {images}"
-            raise ValueError(f"{what} of {self.cache.path}; try --resume with a smaller --lr")
+            what = f"{self.out}: the loss or gradient of step {self.step + 1} is not finite"
+            raise ValueError(f"{what}; try --resume with a smaller --lr")
 
     def after_step(self, loss, grad_norm, lr):
         """Count the step, then log, save, draw samples and stop where it is time to."""
@@ -398,7 +385,7 @@ class Run:
         self.started += time.time() - paused  # images_per_second is of training alone
         if stop and not done:
             self.finish(f"stopped at step {self.step}, --resume continues")
-            sys.exit(128 + (self.signal[0] if self.signal else signal.SIGTERM))
+            sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def log(self, grad_norm, lr, holdout):
         """Add a row to log.csv: means since the last one; with `holdout` the loss on held-out images too."""
@@ -429,7 +416,7 @@ class Run:
         return sum(losses) / len(losses)
 
     def save(self, keep):
-        """Write ema.pt, last.pt, loss.png and, to keep, ema-STEP.pt."""
+        """Write ema.pt, last.pt and, to keep, ema-STEP.pt."""
         info = dict(config=dataclasses.asdict(self.model.config), step=self.step, **self.cache.info)
         weights = {k: v.half() for k, v in self.ema.state_dict().items()}
         for name in ["ema.pt"] + [f"ema-{self.step:07d}.pt"] * keep:
@@ -438,10 +425,6 @@ class Run:
         last = dict(info, model=self.model.state_dict(), model_ema=self.ema.state_dict(), args=flags, log=self.rows)
         last["optimizer"] = self.optimizer.state_dict()
         atomic_write(self.out / "last.pt", lambda f: torch.save(last, f))
-        steps, _, losses, *_, holdout = np.array(self.rows).T
-        curves = {"training loss": losses, "held-out loss": holdout}
-        curves = {name: (steps[ok], y[ok]) for name, y in curves.items() if (ok := np.isfinite(y)).any()}
-        plot(curves, self.out / "loss.png", "step")
 
     def draw_samples(self):
         """Draw four images of each of the first ten classes with the EMA weights."""
@@ -455,15 +438,12 @@ class Run:
         tqdm.write(f"wrote {path}")
 
     def on_signal(self, signum, frame):
-        """Stop after this step; at once if asked again, 5 s later or more (a launcher repeats its signal sooner)."""
-        if self.signal and time.time() > self.signal[1] + 5:
-            sys.exit(128 + signum)
-        self.signal = self.signal or (signum, time.time())
+        self.signal = signum  # stop after this step
 
     def stop_requested(self):
-        flag = torch.tensor(float(self.signal is not None))
+        flag = torch.tensor(float(self.signal is not None), device=self.device)
         if WORLD > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)  # all ranks stop after the same step
+            dist.all_reduce(flag, dist.ReduceOp.MAX)  # all ranks stop after the same step
         return bool(flag)
 
     def finish(self, state):
@@ -471,7 +451,7 @@ class Run:
         if RANK == 0:
             print(f"{state}; {self.out} has last.pt, ema.pt, log.csv; draw: python sample.py --ckpt {self.out}/ema.pt")
         if WORLD > 1:  # torchrun kills the remaining ranks once one exits
-            dist.barrier(group=self.control)
+            dist.barrier()
             dist.destroy_process_group()
 
 

@@ -14,7 +14,6 @@ import argparse
 import errno
 import functools
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -22,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-import unicodedata
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -232,12 +230,8 @@ def center_crop(image, size):
 
 def image_files(root):
     """Paths of the images under a folder, at any depth, sorted; hidden files and folders are left out."""
-
-    def refuse(error):  # os.walk would leave out a folder that it cannot read
-        raise error
-
     paths = []
-    for folder, folders, files in os.walk(root, onerror=refuse):
+    for folder, folders, files in os.walk(root):
         folders[:] = [d for d in folders if not d.startswith(".")]
         paths += [os.path.join(folder, f) for f in files if f.lower().endswith(IMAGE_SUFFIXES) and f[0] != "."]
     return sorted(filter(os.path.isfile, paths), key=os.fsencode)
@@ -284,12 +278,12 @@ class Images(torch.utils.data.Dataset):
     """
 
     def __init__(self, path, size=None, labelled=True, skip_bad=False):
-        self.path, self.crop, self.skip_bad = Path(path), size is not None, skip_bad
+        self.path, self.size, self.skip_bad = Path(path), size, skip_bad
         self.folder = self.path.is_dir()
         if not self.folder and not (self.path.suffix == ".npz" and self.path.is_file()):
             raise ValueError(f"{path}: no such folder or .npz of images")
         self.items, self.labels, self.classes = (read_folder if self.folder else read_npz)(self.path, labelled)
-        self.shape = (size, size) if self.crop else self.open(0).size[::-1]
+        self.shape = (size, size) if size else self.open(0).size[::-1]
         # file names of a folder, checksums of an .npz: a file replaced under its name is not noticed
         contents = self.items.tobytes() if self.folder else [m.CRC for m in zipfile.ZipFile(path).infolist()]
         self.digest = sha256_prefix(repr((self.classes, contents)).encode())
@@ -309,15 +303,15 @@ class Images(torch.utils.data.Dataset):
         try:
             image = self.open(i)
         except ValueError as e:
-            if not self.skip_bad:
-                raise ValueError(f"{e}; remove it, or leave it out by vae.py encode --skip-bad") from None
-            return np.full((*self.shape, 3), np.nan, np.float32)
-        if image.size == self.shape[::-1]:
-            return np.array(image)
-        if self.crop:
-            return center_crop(image, self.shape[0])
-        sizes = f"{image.height} x {image.width} px, others are {self.shape[0]} x {self.shape[1]}"
-        raise ValueError(f"{self.name(i)}: is {sizes}; --image-size N crops all of them to N x N")
+            if self.skip_bad:
+                return np.full((*self.shape, 3), np.nan, np.float32)
+            raise ValueError(f"{e}; remove it, or leave it out by vae.py encode --skip-bad") from None
+        if self.size:
+            return center_crop(image, self.size)
+        if image.size != self.shape[::-1]:
+            sizes = f"{image.height} x {image.width} px, others are {self.shape[0]} x {self.shape[1]}"
+            raise ValueError(f"{self.name(i)}: is {sizes}; --image-size N crops all of them to N x N")
+        return np.array(image)
 
 
 # ---------------------------------------------------------------------------------------------- the latent cache
@@ -342,10 +336,7 @@ def encode_moments(vae, images, device, dtype):
 
 
 def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtype=torch.float32):
-    """Encode images into the cache folder `out`, written as OUT.partial and renamed when complete; run again to resume.
-
-    Returns the names of the images that could not be read, where images.skip_bad leaves them out.
-    """
+    """Encode images into the cache folder `out`, written as OUT.partial and renamed when complete; run again to resume."""
     out, partial, size = Path(out), Path(f"{out}.partial"), images.shape[0]
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or give another --out")
@@ -354,7 +345,6 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtyp
     shape = (len(images), 2, 2 * vae.z_channels, size // vae.factor, size // vae.factor)
     settings = dict(shape=shape, classes=images.classes, scale=vae.scale, vae_digest=vae.digest, image_size=size)
     settings |= dict(images=images.digest, batch_size=batch_size, dtype=str(dtype))
-    lock = lock_folder(partial)
     keep_settings(partial / "cache.json", settings)
     print(f"{len(images):,} images of {len(images.classes)} classes: {shorten(images.classes)}")
     with open(partial / "moments.bin", "ab") as f:
@@ -369,16 +359,17 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtyp
             os.fsync(f.fileno())
     moments = np.memmap(partial / "moments.bin", np.float16, "r", shape=shape)
     readable = np.isfinite(moments[:, 0, 0, 0, 0])
-    names = [printable(images.name(i)) for i in np.flatnonzero(~readable)]
     if not readable.any():
-        raise ValueError(f"{images.path}: none of its {len(images)} images can be read; the first: {names[0]}")
+        raise ValueError(f"{images.path}: none of its {len(images)} images can be read")
     atomic_write(partial / "labels.npy", lambda f: np.save(f, np.where(readable, images.labels, -1)))
     shutil.copy(vae.path, partial / "vae.pt")
     error = show_reconstructions(images, vae, partial / "reconstructions.png", device, np.flatnonzero(readable))
     print(f"mean error of the VAE {error:.3f} of 2; originals over reconstructions: {out}/reconstructions.png")
     partial.rename(out)
-    lock.close()
-    return names
+    skipped = [printable(images.name(i)) for i in np.flatnonzero(~readable)]
+    print(
+        "\n  left out, not readable: ".join([f"wrote {readable.sum():,} of {len(images):,} images to {out}", *skipped])
+    )
 
 
 @torch.inference_mode()
@@ -420,35 +411,24 @@ class LatentCache:
     def __reduce__(self):
         return LatentCache, (self.path,)  # a loader's worker maps the file itself
 
-    def __len__(self):
-        return len(self.labels)
-
 
 # ---------------------------------------------------------------------------------------------- commands
 def train(args):
     """Train an autoencoder by L1 + KL: LDM's losses without the perceptual and GAN terms. Run again to resume."""
     if Path(args.out).exists() or Path(args.out).suffix == ".png":
         raise ValueError(f"--out {args.out}: is there already, or is a picture's name; give another")
-    device = pick_device(args.device)
+    device, kl16 = pick_device(args.device), args.arch == "kl16"
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
-    images = Images(args.data, args.image_size or (256 if args.arch == "kl16" else 32))
+    images = Images(args.data, args.image_size or (256 if kl16 else 32))
     vae = AutoencoderKL(**ARCHS[args.arch]).to(device)
     if images.shape[0] % vae.factor:
         raise ValueError(f"--image-size {images.shape[0]}: must be a multiple of {vae.factor} for --arch {args.arch}")
-    peak_lr = args.lr or (1e-4 if args.arch == "kl16" else 4e-3)
+    peak_lr, warmup = args.lr or (1e-4 if kl16 else 4e-3), min(100, args.steps // 10 + 1)
     optimizer = torch.optim.AdamW(vae.parameters(), peak_lr, betas=(0.9, 0.99), weight_decay=0.0)
-    partial, first = Path(f"{args.out}.partial"), 0
+    partial = Path(f"{args.out}.partial")
     flags = {k: v for k, v in vars(args).items() if k not in ("function", "device", "workers")}
-    if partial.exists():
-        with readable(partial, "unfinished VAE"):
-            state = load_file(partial)
-            if state["flags"] != flags:
-                raise ValueError("of other flags: finish it with those, or remove it")
-            vae.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            first = state["step"]
-    warmup = min(100, args.steps // 10 + 1)
+    first = resume(partial, vae, optimizer, flags) if partial.exists() else 0
     order = torch.utils.data.RandomSampler(images, num_samples=args.steps * args.batch_size)
     order = torch.tensor(list(order)).split(args.batch_size)[first:]
     loader = torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.workers)
@@ -477,28 +457,32 @@ def train(args):
     partial.unlink(missing_ok=True)
 
 
+def resume(partial, vae, optimizer, flags):
+    """Load an unfinished training of the same flags; returns its next step."""
+    with readable(partial, "unfinished VAE"):
+        state = load_file(partial)
+        if state["flags"] != flags:
+            raise ValueError("of other flags: finish it with those, or remove it")
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+
+@torch.inference_mode()
 def save_vae(vae, images, out, device):
-    """Measure the scale of the latents and write the VAE in float16, with a picture of reconstructions beside it."""
-    vae.scale, vae.image_size = 1 / latent_std(vae, images, device), images.shape[0]
+    """Write the VAE in float16 with the scale of its latents, and a picture of reconstructions beside it."""
+    z = []  # posterior samples of up to 512 images, spread over the data
+    for part in torch.linspace(0, len(images) - 1, min(512, len(images))).long().split(32):
+        mean, logvar = vae.encode(from_uint8(np.stack([images[i] for i in part])).to(device))
+        z.append(sample_posterior(mean, logvar, torch.randn_like(mean)).double().flatten())
+    vae.scale, vae.image_size = 1 / torch.cat(z).std().item(), images.shape[0]
     if not math.isfinite(vae.scale):
         raise ValueError(f"the training diverged, {out} is not written; try a smaller --lr")
     ckpt = dict(model={k: v.half() for k, v in vae.state_dict().items()}, scale=vae.scale, image_size=vae.image_size)
     atomic_write(out, lambda f: torch.save(ckpt, f))
     picture = Path(out).with_suffix(".png")
     show_reconstructions(images, vae, picture, device, np.arange(len(images)))
-    print(f"latent standard deviation {1 / vae.scale:.4f}, scale {vae.scale:.4f}")
-    print(f"wrote {out}; originals over reconstructions in {picture}")
-
-
-@torch.inference_mode()
-def latent_std(vae, images, device, pixels=2**24):
-    """Standard deviation of posterior samples, over every element, of images spread over the data, `pixels` in all."""
-    n = min(pixels // images.shape[0] ** 2 + 1, len(images))
-    z, indices = [], np.linspace(0, len(images) - 1, n).astype(int)
-    for part in tqdm(np.array_split(indices, -(-n // 32)), unit="batch", desc="scale of the latents"):
-        mean, logvar = vae.encode(from_uint8(np.stack([images[i] for i in part])).to(device))
-        z.append(sample_posterior(mean, logvar, torch.randn_like(mean)).double().flatten())
-    return torch.cat(z).std().item()
+    print(f"wrote {out}, scale of the latents {vae.scale:.4f}; originals over reconstructions in {picture}")
 
 
 def encode(args):
@@ -506,10 +490,7 @@ def encode(args):
     device = pick_device(args.device)
     dtype, vae = pick_dtype(args.dtype, device), load_vae(name_vae(args.vae, args.data), device)
     images = Images(args.data, args.image_size or vae.image_size, skip_bad=args.skip_bad)
-    skipped = encode_images(images, vae, args.out, args.batch_size, args.workers, device, dtype)
-    print(f"wrote {len(images) - len(skipped):,} images of {len(images.classes)} classes to {args.out}")
-    if skipped:
-        print(f"{len(skipped):,} images could not be read and are left out:", *skipped, sep="\n  ")
+    encode_images(images, vae, args.out, args.batch_size, args.workers, device, dtype)
 
 
 def main():
@@ -544,8 +525,7 @@ def main():
 # ---------------------------------------------------------------------------------------------- shared by all scripts
 def atomic_write(path, data):
     """Write `data`, bytes or a function of the open file: PATH is replaced only once the new file is complete."""
-    path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
+    path, tmp = Path(path), Path(f"{path}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "wb") as f:
@@ -554,8 +534,8 @@ def atomic_write(path, data):
             os.fsync(f.fileno())
         tmp.replace(path)
     except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
-        code, reason = getattr(e, "errno", None) or errno.EIO, getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise OSError(code, f"could not be written ({reason})", str(path)) from None
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise OSError(getattr(e, "errno", errno.EIO), f"could not be written ({reason})", str(path)) from None
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -568,36 +548,18 @@ def keep_settings(path, settings):
     atomic_write(path, text)
 
 
-def lock_folder(path):
-    """Make a folder and hold its lock file while the result is open; refuses a folder that another process holds."""
-    path.mkdir(parents=True, exist_ok=True)
-    file = open(path / ".lock", "w")
-    try:
-        import fcntl  # not on Windows
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError:
-        raise ValueError(f"{path}: another process is writing here; wait for it, or give another --out") from None
-    return file
-
-
 def fetch(url, path):
     """Download `url`, a checkpoint, to `path` unless it is there; only a complete file takes that name."""
-    path = Path(path)
     while LOCAL_RANK > 0 and not path.exists():  # rank 0 of each machine fetches it
         time.sleep(1)
     if not path.exists():
         part = path.with_name(path.name + ".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, part)
-            if not zipfile.is_zipfile(part):
-                raise OSError("the answer is cut short, or not a checkpoint")
-        except (OSError, http.client.HTTPException) as e:
-            reason = f"could not fetch {url} ({getattr(e, 'reason', e)})"
-            raise OSError(f"{reason}; repeat the command, or put the file at {path}") from None
+            zipfile.ZipFile(part).close()
+        except Exception as e:  # of the network, of the disk, or of a file that was cut
+            raise OSError(f"could not fetch {url} ({e}); repeat the command, or put the file at {path}") from None
         part.rename(path)
     return path
 
@@ -611,14 +573,15 @@ def fetch_released(name):
 
 
 def class_index(flag, word, names, num_classes):
-    """Index of a class given as index or name, in any case and Unicode form."""
-    plain, *plain_names = (unicodedata.normalize("NFKC", name).casefold() for name in (word, *names))
-    if word in names or plain in plain_names:
-        return names.index(word) if word in names else plain_names.index(plain)
+    """Index of a class given as index or name, in upper or lower case."""
+    lower = [name.casefold() for name in names]
+    if word in names or word.casefold() in lower:
+        return names.index(word) if word in names else lower.index(word.casefold())
     if word.isdecimal() and int(word) < num_classes:
         return int(word)
-    listed = f": {shorten(names)}" if names else ""
-    raise ValueError(f"{flag} {word}: this model has classes 0 to {num_classes - 1}{listed}")
+    raise ValueError(
+        f"{flag} {word}: this model has classes 0 to {num_classes - 1}" + ": " * bool(names) + shorten(names)
+    )
 
 
 def shorten(names, n=20):
@@ -690,18 +653,17 @@ def bounded(kind, low, high=2**62):
 
 def error_line(e):
     """One line for an error that a user can mend; None for a defect."""
+    text = (str(e).strip() or type(e).__name__).splitlines()
     if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
         return "out of memory; lower --batch-size, or in training raise --accumulate"
     if isinstance(e, RuntimeError) and "DataLoader" in str(e):
         return "a process that reads data died or hangs (out of memory?); lower --workers"
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile failed ({' '.join(str(e).split())[:200]}); --no-compile runs without it"
+        return f"torch.compile failed ({' '.join(text)[:200]}); --no-compile runs without it"
     if isinstance(e, OSError):
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        line = f"{e.filename}: {e.strerror}" if e.filename else str(e) or type(e).__name__
-        return line.splitlines()[-1] + "; make room, then repeat the command (training: --resume)" * full
+        return f"{e.filename}: {e.strerror}" if e.filename else text[-1]
     if isinstance(e, ValueError):  # a loader's worker puts its traceback before the message
-        return (str(e).strip() or "ValueError").splitlines()[-1].removeprefix("ValueError: ")
+        return text[-1].removeprefix("ValueError: ")
 
 
 def run_main(main):
@@ -743,26 +705,6 @@ def save_grid(images, path, columns, rows=(), heads=(), pad=2):
 def save_picture(picture, path, zoom=1):
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
     atomic_write(path, lambda f: picture.save(f, format="PNG", optimize=True))
-
-
-def plot(curves, path, xlabel, width=640, height=400):
-    """Draw curves {name: (x, y)} as a PNG: linear axes from 0, with ticks and a legend."""
-    high = [max(np.max(curve[i]) for curve in curves.values()) or 1 for i in (0, 1)]
-    left, right, top, bottom = 60, width - 15, 15, height - 40
-    to_x, to_y = lambda x: left + x / high[0] * (right - left), lambda y: bottom - y / high[1] * (bottom - top)
-    picture, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(13)
-    draw = ImageDraw.Draw(picture)
-    for x, y in np.outer(np.linspace(0, 1, 6), high):
-        draw.line([to_x(x), top, to_x(x), bottom], "#dddddd")
-        draw.text((to_x(x), bottom + 4), f"{x:.4g}", "black", font, "ma")
-        draw.line([left, to_y(y), right, to_y(y)], "#dddddd")
-        draw.text((left - 6, to_y(y)), f"{y:.2g}", "black", font, "rm")
-    draw.text((right, height - 4), xlabel, "black", font, "rd")
-    for i, (name, (x, y)) in enumerate(curves.items()):
-        color = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0")[i % 4]
-        draw.line([(to_x(a), to_y(b)) for a, b in zip(x, y)], color, width=2)
-        draw.text((right - 8, top + 6 + 18 * i), name, color, font, "ra")
-    save_picture(picture, path)
 
 
 if __name__ == "__main__":

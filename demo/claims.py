@@ -32,9 +32,10 @@ import fid  # noqa: E402
 import finetune_mrar  # noqa: E402
 import train  # noqa: E402
 import train_features  # noqa: E402
+from curves import plot  # noqa: E402
 from model import adams_bashforth, load_checkpoint, t_from_normal  # noqa: E402
 from vae import DEMO, DEMO_DATA, DEMO_VAE, atomic_write, autocast, bounded, cast_weights, load_vae  # noqa: E402
-from vae import latents_to_images, per_image_noise, pick_device, pick_dtype, plot, run_main  # noqa: E402
+from vae import latents_to_images, per_image_noise, pick_device, pick_dtype, run_main  # noqa: E402
 
 CFG = 2  # guidance scale where it is not the question: the default of XS
 FULL = dict(data=DEMO_DATA, holdout=0.1, steps=1600, keep=400, tune=500, images=64, pictures=500, net_steps=1000)

@@ -316,21 +316,31 @@ def test_adams_bashforth_is_of_second_order(mean, std):
 # ------------------------------------------------------------------------------------------ guidance and the chain
 
 
-def decoder_batches(model):
-    """A list that will hold the batch size of every evaluation of the decoder."""
-    sizes = []
-    model.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    return sizes
+def test_guidance_evaluates_the_decoder_a_second_time_and_only_below_cfg_below():
+    model, labels, times = build(SMALL), torch.tensor([0, 1]), []
+    model.decoder.register_forward_pre_hook(lambda module, inputs: times.append(inputs[1].item()))
+    settings = dict(refs=1, steps=4, sampler="adams-bashforth")
+    model.sample(labels, cfg=1.0, **settings)
+    assert times == [1, 0.75, 0.5, 0.25]
+    times.clear()
+    model.sample(labels, cfg=1.5, cfg_below=0.5, **settings)
+    assert times == [1, 0.75, 0.5, 0.5, 0.25, 0.25]
 
 
-def test_without_guidance_a_step_evaluates_the_decoder_once_for_each_image():
-    model, labels = build(SMALL), torch.tensor([0, 1])
-    sizes = decoder_batches(model)
-    model.sample(labels, refs=2, steps=3, cfg=1.0)
-    assert sizes == [2] * 6
-    sizes.clear()
-    model.sample(labels, refs=2, steps=3, cfg=1.5)
-    assert sizes == [4] * 6  # both branches of guidance in one batch
+def test_cfg_below_0_is_no_guidance_and_1_is_guidance_at_every_t():
+    model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
+    none, low, full = (model.sample(labels, steps=4, s2=0, cfg=2, cfg_below=t, noise=noise) for t in (0, 0.5, 1))
+    assert torch.equal(none, model.sample(labels, steps=4, s2=0, cfg=1, noise=noise))
+    assert torch.equal(full, model.sample(labels, steps=4, s2=0, cfg=2, noise=noise))
+    assert not torch.allclose(low, none) and not torch.allclose(low, full)
+
+
+def test_without_null_refs_the_null_class_has_no_references():
+    model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
+    images = model.sample(labels, refs=2, steps=1, cfg=2.5, null_refs=False, noise=noise)
+    c, c_null = model.encode(labels, images[:, :1]), model.encode(torch.tensor([5]))
+    d, d_null = (model.velocity(noise, torch.ones(1), c) + noise for c in (c, c_null))
+    torch.testing.assert_close(images[:, 1], noise - (d_null + 2.5 * (d - d_null)), atol=1e-4, rtol=1e-4)
 
 
 def test_guidance_mixes_the_drifts_and_keeps_the_references():
@@ -354,8 +364,8 @@ def test_a_condition_is_computed_once_for_all_steps_and_draws():
     for block in model.decoder.blocks:
         block.attn2.wk.register_forward_pre_hook(lambda *_: calls.append("keys"))
     model.sample(torch.tensor([0]), steps=7, cfg=1.5)
-    # 4 images, each with both branches of guidance in one call
-    assert calls.count("condition") == 4 and calls.count("keys") == 4 * SMALL.dit_depth
+    # 4 images, each with both branches of guidance
+    assert calls.count("condition") == 8 and calls.count("keys") == 8 * SMALL.dit_depth
     calls.clear()
     model.loss(*random_chains(SMALL), batch_mul=5)
     assert calls.count("condition") == 1 and calls.count("keys") == SMALL.dit_depth
@@ -414,13 +424,13 @@ def test_adams_bashforth_samples_depend_on_the_first_noise_only():
 
 
 def test_samples_have_the_published_settings_by_default():
-    model, labels, noise = build(ONE_STEP), torch.tensor([0]), torch.randn(1, 6, 8, 8)
+    model, labels, noise, times = build(ONE_STEP), torch.tensor([0]), torch.randn(1, 6, 8, 8), []
     published = SAMPLING["other"]
     a, b = (model.sample(labels, noise=noise, noise_sampler=torch.ones_like, **s) for s in ({}, published))
     assert torch.equal(a, b)
-    sizes = decoder_batches(model)
+    model.decoder.register_forward_pre_hook(lambda module, inputs: times.append(inputs[1]))
     model.sample(labels, steps=None, cfg=1.0)  # None, as of a flag that was not given, is the default
-    assert sizes == [1] * published["steps"]
+    assert len(times) == published["steps"]
 
 
 @pytest.mark.parametrize("size,refs,latent_size,name", [

@@ -1,5 +1,6 @@
 """Stages 1 and 2: the order of the data, the recipes, resuming a run, and the commands as a user runs them."""
 
+import argparse
 import csv
 import dataclasses
 import logging
@@ -23,7 +24,7 @@ from train import (
     COMMON,
     RECIPES,
     Chains,
-    fit_accumulate,
+    resolve_flags,
     learning_rate,
     loss_inputs,
     make_optimizer,
@@ -126,11 +127,12 @@ def test_held_out_images_are_never_trained_on(refs):
     assert np.array_equal(seen, kept)
 
 
-@pytest.mark.parametrize(
-    "local_batch,fits,expected", [(256, 32, 8), (256, 2048, 1), (256, 33, 8), (6, 1, 2), (64, 0.5, 64)]
-)
-def test_a_batch_is_cut_until_it_fits_or_cannot_be_halved(local_batch, fits, expected):
-    assert fit_accumulate(local_batch, fits) == expected
+@pytest.mark.parametrize("gigabytes,micro_batches", [(80, 8), (160, 4), (24, 32)])
+def test_a_batch_is_cut_until_it_fits_the_memory_of_the_gpu(gigabytes, micro_batches, monkeypatch):
+    gpu = SimpleNamespace(total_memory=gigabytes * 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    flags = dict(size="B", refs=1, batch_size=256, accumulate=None, init=None, resume=False)
+    assert resolve_flags(argparse.Namespace(**flags), None, torch.device("cuda")).accumulate == micro_batches
 
 
 def test_the_random_numbers_have_the_distributions_asked_for():
@@ -239,8 +241,8 @@ def test_train_finetune_sample(project, command):
     out, err = command(f"train.py {data} --steps 3 --sample-every 2")
     run = project / "runs" / "train"
     assert "encoding" in err and "TransDiff-XS" in out and "runs/train/ema.pt" in out
-    pictures = {"loss.png", "samples-0000002.png", "samples-0000003.png"}
-    assert {path.name for path in run.iterdir()} == {".lock", "last.pt", "ema.pt", "vae.pt", "log.csv"} | pictures
+    pictures = {"samples-0000002.png", "samples-0000003.png"}
+    assert {path.name for path in run.iterdir()} == {"last.pt", "ema.pt", "vae.pt", "log.csv"} | pictures
     rows = read_log(run)
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert all(float(row["loss"]) > 0 and float(row["images_per_second"]) > 0 for row in rows)
@@ -267,7 +269,6 @@ def test_train_finetune_sample(project, command):
 def test_samples_are_drawn_before_the_first_row_of_the_log(project):
     run_in_process("train.py --data cache --batch-size 8 --steps 2 --sample-every 1 --log-every 50")
     assert {path.name for path in Path("runs/train").glob("samples-*")} == {f"samples-000000{i}.png" for i in (1, 2)}
-    assert Path("runs/train/loss.png").exists()
 
 
 # The scripts below patch train.py and run it: python SCRIPT train.py FLAGS.
@@ -457,17 +458,17 @@ def test_other_images_or_another_vae_are_encoded_anew(project, garments, capsys)
     (project / "first").rename(project / "moved")  # a run's folder has its own copy of the VAE
     run_in_process("sample.py --ckpt moved --n 1 --steps 1")
     capsys.readouterr()
-    run_in_process("sample.py --ckpt moved --vae vae.pt --n 1 --steps 1")
-    assert "warning: --vae vae.pt is not the VAE of this model's latents" in capsys.readouterr().err
+    run_in_process("sample.py --ckpt moved --vae vae.pt --n 1 --steps 1", expect=2)
+    assert "--vae vae.pt: not the VAE of this model's latents" in capsys.readouterr().err
     (project / "moved" / "vae.pt").unlink()
     run_in_process("sample.py --ckpt moved --n 1 --steps 1", expect=2)
-    assert "moved/vae.pt is not there or is another" in capsys.readouterr().err
+    assert "demo/vae.pt: not the VAE of this model's latents" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, capsys):
     flags = "--data cache --batch-size 8 --sample-every 0 --log-every 50 --steps 9 --save-every 1"
     run_in_process(f"train.py {flags} --lr 1e18 --warmup 0", expect=2)
-    message = r"the loss or gradient of step \d+ is not finite; its first images: \[[\d, ]+\] of cache; try --resume"
+    message = r"the loss or gradient of step \d+ is not finite; try --resume with a smaller --lr"
     assert re.search(message, capsys.readouterr().err)
     last = load_file("runs/train/last.pt")
     assert last["step"] < 9 and all(torch.isfinite(v).all() for v in last["model"].values())

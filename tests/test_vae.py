@@ -14,7 +14,7 @@ from PIL import Image
 
 from model import load_file
 from vae import ARCHS, DEMO_DATA, DEMO_VAE, AutoencoderKL, Images, LatentCache, atomic_write, center_crop, class_index
-from vae import encode_images, from_uint8, latent_std, load_vae, plot, sample_posterior, to_uint8
+from vae import encode_images, from_uint8, load_vae, sample_posterior, save_vae, to_uint8
 
 
 def gradient(height, width):
@@ -211,7 +211,7 @@ def test_an_incomplete_cache_is_refused(tmp_path):
     with pytest.raises(ValueError, match="c: not a readable latent cache .*labels.npy"):
         LatentCache(cache)
     np.save(cache / "labels.npy", np.array([0, 1, 1]))
-    assert len(LatentCache(cache)) == 3
+    assert len(LatentCache(cache).labels) == 3
 
 
 # ------------------------------------------------------------------------------------------ the autoencoder
@@ -238,13 +238,13 @@ def test_files_of_other_weights_are_not_a_vae(tmp_path):
 
 
 def test_scaled_latents_have_unit_variance(tmp_path, garments):
-    """latent_std is the standard deviation of posterior samples over every element; the scale is its inverse."""
     np.savez(tmp_path / "s.npz", images=garments[0], labels=garments[1])
-    images, vae = Images(tmp_path / "s.npz", 32), small_vae()
-    std = latent_std(vae, images, "cpu")
+    images = Images(tmp_path / "s.npz", 32)
+    save_vae(small_vae(), images, tmp_path / "v.pt", "cpu")
+    vae = load_vae(tmp_path / "v.pt")
     mean, logvar = vae.encode(from_uint8(np.stack([images[i] for i in range(60)])))
-    latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    assert (latents / std).std().item() == pytest.approx(1, rel=0.02)
+    latents = vae.scale * sample_posterior(mean, logvar, torch.randn_like(mean))
+    assert latents.std().item() == pytest.approx(1, rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------ files and pictures
@@ -263,27 +263,6 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     atomic_write(path, lambda f: f.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_plot_draws_each_curve_in_its_own_colour(tmp_path):
-    x = np.arange(100)
-    curves = {"a": (x, 1 + np.sin(x / 9)), "b": (x, x / 50)}  # the first curve is blue, the second red
-    plot({"a": curves["a"]}, tmp_path / "one.png", "step")
-    plot(curves, tmp_path / "two.png", "step")
-    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "two.png"))
-    blue = [(picture[..., 2] > picture[..., 0] + 100).sum() for picture in (one, two)]
-    red = [(picture[..., 0] > picture[..., 2] + 100).sum() for picture in (one, two)]
-    assert min(blue) > 500 and red[0] == 0 and red[1] > 500
-
-
-@pytest.mark.parametrize(
-    "x,y",
-    [([7], [0.5]), ([7], [0]), ([1, 2, 3], [3, 3, 3]), ([1, 2, 3], [0, 0, 0]), ([1, 1e6], [1e-9, 0])],
-    ids=["one point", "one zero", "constant", "zeros", "tiny"],
-)
-def test_plot_draws_short_and_constant_curves(tmp_path, x, y):
-    plot({"a": (x, y)}, tmp_path / "p.png", "step")
-    assert Image.open(tmp_path / "p.png").size == (640, 400)
 
 
 # ------------------------------------------------------------------------------------------ the commands
@@ -350,8 +329,8 @@ def test_images_of_your_own_need_a_vae_of_their_own(tmp_path, garments, monkeypa
     assert error == pytest.approx(np.abs(images / 127.5 - decoded / 127.5).mean(), rel=0.3)  # of 16 of the images
 
 
-@pytest.mark.parametrize("word,index", [("Straße", 0), ("STRASSE", 0), ("cafe\u0301", 1), ("a", 2), ("A", 3), ("4", 4)])
-def test_classes_are_found_whatever_their_case_and_unicode_form(word, index):
+@pytest.mark.parametrize("word,index", [("Straße", 0), ("STRASSE", 0), ("CAFÉ", 1), ("a", 2), ("A", 3), ("4", 4)])
+def test_classes_are_found_whatever_their_case(word, index):
     assert class_index("--class", word, ["straße", "Café", "a", "A", "e"], 5) == index
 
 
@@ -362,9 +341,9 @@ def test_train_and_encode(tmp_path, garments, command):
         Image.fromarray(image).save(tmp_path / "tree" / f"class {label}" / f"{i}.png")
     out, _ = command("vae.py train --data tree --out own.pt --steps 4 --batch-size 8")
     vae = load_vae(tmp_path / "own.pt")
-    assert "latent standard deviation" in out and f"scale {vae.scale:.4f}" in out and (tmp_path / "own.png").exists()
+    assert f"scale of the latents {vae.scale:.4f}" in out and (tmp_path / "own.png").exists()
     out, _ = command("vae.py encode --data tree --vae own.pt --out cache")
-    assert "60 images of 10 classes to cache" in out
+    assert "wrote 60 of 60 images to cache" in out
     cache = LatentCache(tmp_path / "cache")
     assert cache.classes[3] == "class 3" and cache.scale == vae.scale and np.isfinite(cache.moments).all()
     _, err = command("vae.py encode --data nothing --vae own.pt --out c2", expect=2)
