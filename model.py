@@ -73,7 +73,7 @@ SIZES = {  # Appendix B: width, heads, AR blocks, DiT blocks; XS is ours, for th
 }
 
 SAMPLING = {  # the release's settings of each model, ours for XS; -mrar: refs > 1, where they differ
-    "XS": dict(steps=12, cfg=2.0, cfg_below=0.65, null_refs=False, sampler="adams-bashforth"),
+    "XS": dict(steps=8, cfg=2.0, cfg_below=0.65, null_refs=False, sampler="adams-bashforth"),
     "B": dict(steps=100, cfg=1.30, s1=0.87, s2=0.91),
     "L": dict(steps=100, cfg=1.30, s1=0.89, s2=0.95),
     "H": dict(steps=100, cfg=1.23, s1=0.87, s2=0.93),

@@ -37,7 +37,7 @@ from model import adams_bashforth, load_checkpoint, t_from_normal  # noqa: E402
 from vae import DEMO, DEMO_DATA, DEMO_VAE, atomic_write, autocast, bounded, cast_weights, load_vae  # noqa: E402
 from vae import latents_to_images, per_image_noise, pick_device, pick_dtype, run_main  # noqa: E402
 
-CFG = 2  # guidance scale where it is not the question: the default of XS
+CFG, CFG_BELOW = 2, 0.65  # guidance where it is not the question, and the part of t that `interval` guides
 FULL = dict(data=DEMO_DATA, holdout=0.1, steps=1600, keep=400, tune=500, images=64, pictures=500, net_steps=1000)
 FULL |= dict(num=1000, evaluations=8, sde_steps=25, positions=(0, 1, 2, 3, 15, 63), draws=4, refs=(1, 4, 16, 64))
 FULL |= dict(scales=(1, 1.25, 1.5, 2, 3), counts=(4, 6, 8, 12, 25, 100), factors=(1.0, 0.9, 0.8))
@@ -162,8 +162,8 @@ def at_scales(name, seed, draw, scales=None, num=None):
 
 
 def sampler(model, **settings):
-    """draw(labels, noise_sampler) of `measure`: chains as sample.py draws them, without noise in few evaluations."""
-    settings = dict(sampler="adams-bashforth", steps=args.evaluations) | settings
+    """draw(labels, noise_sampler) of `measure`: chains without noise in few evaluations, guided as in the release."""
+    settings = dict(sampler="adams-bashforth", steps=args.evaluations, cfg_below=1.0, null_refs=True) | settings
     return lambda labels, randn, **more: model.sample(labels, noise_sampler=randn, **settings, **more)
 
 
@@ -271,6 +271,15 @@ def autoguidance(seed):
         yield from at_scales(f"{name} against step {args.keep}", seed, draw, scales)
 
 
+def interval(seed):
+    """Guidance at low t alone is better (ours, after Kynkaanniemi et al. 2024), for MRAR without references in null."""
+    below = functools.partial(sampler, cfg_below=CFG_BELOW)
+    yield from at_scales(f"control, t to {CFG_BELOW}", seed, below(load(control(seed))), args.scales[-2:])
+    for name, null_refs in (("with", True), ("without", False)):
+        draw = below(load(stage2(seed)), null_refs=null_refs)
+        yield from at_scales(f"MRAR, null {name} references, t to {CFG_BELOW}", seed, draw, args.scales[-2:])
+
+
 def noise(seed):
     """One noise for all images of a chain, as in the release, or fresh noise for each (ours)."""
     model = load(stage2(seed))
@@ -327,7 +336,7 @@ def steps(seed):
         yield from measure(setting, seed, sampler(load(path.parent, path.name), cfg=CFG))
 
 
-CLAIMS = {f.__name__: f for f in (mrar, references, autoguidance, noise, samplers, s1_s2, t, steps, refs)}
+CLAIMS = {f.__name__: f for f in (mrar, references, autoguidance, interval, noise, samplers, s1_s2, t, steps, refs)}
 ONE_SEED = ("samplers", "s1_s2", "steps")  # the first seed alone, since they take long
 CURVES = [(claim, "distance") for claim in ("autoguidance", "samplers", "steps")]
 CURVES += [("references", "gain"), ("steps", "similarity (Eq. 15)")]

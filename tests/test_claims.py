@@ -18,7 +18,7 @@ def study(command, tmp_path):
 def test_every_claim_has_finite_figures_and_a_second_run_adds_nothing(study, command, tmp_path):
     text, printed = study
     rows = list(csv.DictReader(text.splitlines()))
-    claims = ["mrar", "references", "autoguidance", "noise", "samplers", "s1_s2", "t", "steps", "refs"]
+    claims = ["mrar", "references", "autoguidance", "interval", "noise", "samplers", "s1_s2", "t", "steps", "refs"]
     assert list(dict.fromkeys(row["claim"] for row in rows)) == claims
     assert all(math.isfinite(float(row["value"])) for row in rows)
 
