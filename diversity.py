@@ -19,8 +19,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from model import load_checkpoint
-from vae import DEMO_MODEL, bounded, class_index, derive_seed, per_image_noise, pick_device, run_main
-from vae import save_picture
+from vae import DEMO_MODEL, atomic_write, bounded, class_index, derive_seed, per_image_noise, pick_device, run_main
 
 
 def similarity(features):
@@ -50,13 +49,6 @@ def measure(model, args):
     return torch.stack(rows, dim=1).cpu().numpy()
 
 
-def save_heatmap(S, path):
-    """S [K, K] as a picture: -1 blue, 0 white, 1 red; at least 512 pixels a side."""
-    grey = Image.fromarray(((S + 1) * 127.5).round().byte().cpu().numpy())
-    picture = ImageOps.colorize(grey, black=(30, 60, 160), mid="white", white=(180, 20, 30))
-    save_picture(picture, path, zoom=-(-512 // len(S)))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, bounded(int, 1)
@@ -84,7 +76,10 @@ def main():
             table.writerow([step, name, f"{v.mean():.4f}", "", f"{v.std():.4f}", f"{r.mean():.4f}"])
     if args.heatmap:
         S = similarity(chain_features(model, torch.tensor([label], device=args.device), derive_seed(args.seed, 0)))[0]
-        save_heatmap(S, args.out)
+        grey = Image.fromarray(((S + 1) * 127.5).round().byte().cpu().numpy())
+        picture = ImageOps.colorize(grey, black=(30, 60, 160), mid="white", white=(180, 20, 30))
+        picture = ImageOps.scale(picture, -(-512 // len(S)), Image.Resampling.NEAREST)  # at least 512 pixels a side
+        atomic_write(args.out, lambda f: picture.save(f, "PNG", optimize=True))
         print(f"wrote S of {names[label]} to {args.out}: -1 blue, 0 white, 1 red", file=sys.stderr)
 
 

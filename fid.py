@@ -46,7 +46,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(p):
-    """exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016) of class probabilities [N, K]: mean and deviation of ten parts.
+    """exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016) of probabilities p [N, K]: mean and deviation of ten parts.
 
     E_x KL = E_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y). The parts are torch-fidelity's.
     """
@@ -101,11 +101,8 @@ def extract(net, images, args, **output):
 
 
 def open_reference(path, samples, network, width):
-    """(Images brought to the samples' size, (mu [D], sigma [D, D])) of --ref, None for what it has not.
-
-    ADM's reference batches have both: the statistics are of more images than the batch.
-    """
-    stats = None
+    """(Images brought to the samples' size, (mu [D], sigma [D, D])) of --ref, None for what it has not."""
+    stats = None  # ADM's reference batches have both: the statistics are of more images than the batch
     if path.endswith(".npz") and Path(path).is_file():
         with readable(path, ".npz of images or statistics"), np.load(path, allow_pickle=False) as data:
             has_images = "arr_0" in data or "images" in data
@@ -176,19 +173,16 @@ def main():
         result["precision"], result["recall"] = precision_recall(features, ref_features, device=args.device)
     if hasattr(net, "classes") and 1 < len(samples.classes) <= len(net.classes):  # of demo/train_features.py
         result["accuracy"] = (p.argmax(1).numpy() == samples.labels).mean().item()
-    report(result, args, samples, network)
 
-
-def report(result, args, samples, network):
-    """Print the numbers and write --json."""
-    n, (height, width) = len(samples), samples.shape
-    print(f"{args.samples}: {n:,} images of {height} x {width} px, in the features of {args.net or 'Inception'}")
+    print(
+        f"{args.samples}: {len(samples):,} images of {samples.shape} px, in the features of {args.net or 'Inception'}"
+    )
     for name, value in result.items():
         print(f"  {name:24}{value:10.4f}")
-    if n < 10_000:
+    if len(samples) < 10_000:
         print("fid.py: warning: a distance of fewer than 10,000 samples is biased upwards", file=sys.stderr)
     if args.json:
-        result |= dict(network=network, samples=args.samples, reference=args.ref, num_samples=n)
+        result |= dict(network=network, samples=args.samples, reference=args.ref, num_samples=len(samples))
         atomic_write(args.json, json.dumps(result, indent=1).encode())
 
 

@@ -16,8 +16,7 @@ from vae import run_main
 
 def main():
     parser = make_parser(__doc__, "runs/mrar", ("XS MRAR", "MRAR"))
-    start = "1-step checkpoint whose EMA weights to start from (default: %(default)s)"
-    parser.add_argument("--init", default="runs/train/last.pt", help=start)
+    parser.add_argument("--init", default="runs/train/last.pt", help="1-step checkpoint (default: %(default)s)")
     parser.add_argument("--refs", type=int, choices=(4, 16, 64), help="images in a chain (default: 4, best in Fig. 6)")
     parser.set_defaults(only_decoder=False)
     args = parser.parse_args()

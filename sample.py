@@ -21,11 +21,8 @@ from tqdm import tqdm
 
 from model import load_checkpoint, sampling_settings
 from vae import DEMO_MODEL, DEMO_VAE, RANK, WORLD, atomic_write, autocast, bounded, cast_weights, center_crop
-from vae import class_index, fetch_released, from_uint8, keep_settings, latents_to_images, load_vae
-from vae import per_image_noise, pick_device, pick_dtype, read_image, run_main, save_grid, sha256_prefix
-from vae import shorten
-
-RELEASED = ("B", "L", "H", "B-mrar", "L-mrar", "H-mrar", "L-512")
+from vae import class_index, fetch_released, from_uint8, keep_settings, latents_to_images, load_vae, per_image_noise
+from vae import pick_device, pick_dtype, read_image, run_main, save_grid, sha256_prefix, shorten
 
 
 def parse():
@@ -40,44 +37,36 @@ def parse():
     mode("--fuse", nargs=2, metavar=("A", "B"), help="columns A, B, and A's first half of features with B's second")
     mode("--features", nargs="+", type=count, metavar="K", help="columns decoded from the first K features")
     add("--references", nargs="+", metavar="IMAGE", help="images that start every chain, cropped as in training")
-    sampling = parser.add_argument_group("sampling (default: the published settings of the model, model.SAMPLING)")
-    setting = sampling.add_argument
+    setting = parser.add_argument_group("sampling (default: the model's settings in model.SAMPLING)").add_argument
     setting("--steps", type=count, help="of the sampler, for each image")
     setting("--cfg", nargs="+", type=bounded(float, 0), help="guidance scale, 1 = none; one, or one for each image")
     setting("--cfg-below", type=bounded(float, 0, 1), help="guide where t, 1 = noise, is at most this")
     setting("--null-refs", action=argparse.BooleanOptionalAction, help="guide against null with the references")
     setting("--s1", type=bounded(float, 0), help="scale of the drift, Eq. 18")
     setting("--s2", type=bounded(float, 0), help="scale of the noise, Eq. 18")
-    samplers = ["euler-maruyama", "adams-bashforth"]
-    setting("--sampler", choices=samplers, help="the paper's, or one without noise for few steps")
+    setting("--sampler", choices=["euler-maruyama", "adams-bashforth"], help="the paper's, or one without noise")
     add("--seed", type=bounded(int, 0), default=0, help="image i is a function of the seed and i (default: 0)")
     add("--batch-size", type=count, default=64, help="images drawn at once (default: 64)")
-    ckpt = f"model: a run's folder, ema.pt or last.pt, or a released file (default: {DEMO_MODEL.name})"
-    weights("--ckpt", help=ckpt)
-    weights("--pretrained", choices=RELEASED, help="the authors' weights and VAE, fetched once to torch's hub folder")
+    weights("--ckpt", help="model: a run's folder, ema.pt, last.pt, or a released file (default: the bundled model)")
+    weights("--pretrained", choices="B L H B-mrar L-mrar H-mrar L-512".split(), help="the authors' weights and VAE")
     add("--vae", help="VAE that made the model's latents (default: vae.pt beside the model, else the bundled one)")
     add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.png, with --num .npz)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where the hardware has it)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with --num on CUDA)")
-    return parser.parse_args()
-
-
-def check(args):
-    """Refuse flags that contradict each other."""
+    args = parser.parse_args()
     args.out = args.out or ("runs/samples.npz" if args.num else "runs/samples.png")
     if args.fuse and args.classes:
         raise ValueError("--fuse names the classes; leave out --class")
     if args.references and (args.fuse or args.features):
         raise ValueError("--references: start chains that are drawn whole; leave out --fuse and --features")
     columns = args.show_chain or args.fuse or args.features
-    suffixes = [".npz"] if args.num or WORLD > 1 else [".png"] if columns else [".png", ".npz"]
-    if columns and WORLD > 1:
-        raise ValueError("torchrun: pictures are drawn by one process; leave torchrun out, or use --num")
+    suffixes = [".png"] if columns else [".npz"] if args.num or WORLD > 1 else [".png", ".npz"]
     if Path(args.out).suffix not in suffixes:
         raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
     if args.out.endswith(".npz") and Path(args.out).exists():
         raise ValueError(f"--out {args.out}: is there already; remove it or give another")
+    return args
 
 
 def load(args, device, dtype):
@@ -152,9 +141,9 @@ def draw_chains(model, vae, labels, args, device, batches=None):
 
 
 def write_npz(model, vae, labels, args, device):
-    """Draw the last image of each chain into args.out in ADM's convention: arr_0 uint8 [N, H, W, 3], arr_1 int64 [N].
+    """Draw the last image of each chain into args.out, ADM's arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N].
 
-    Each batch is a file in OUT.partial, drawn by rank b % WORLD_SIZE; a killed run resumes where it stopped.
+    Batch b is a file in OUT.partial, drawn by rank b % WORLD_SIZE; run again to resume.
     """
     partial, num_batches = Path(f"{args.out}.partial"), -(-len(labels) // args.batch_size)
     settings = {k: vars(args)[k] for k in ("seed", "batch_size", "refs", "dtype")}
@@ -223,7 +212,6 @@ def draw_picture(model, vae, labels, names, args, device):
 
 def main():
     args = parse()
-    check(args)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     args.dtype = str(dtype)

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import SIZES, TransDiff, load_file, load_state, t_from_normal
-from vae import DEMO_DATA, RANK, WORLD, Images, LatentCache, atomic_write, autocast, bounded
-from vae import derive_seed, encode_images, latents_to_images, load_vae, name_vae, per_image_noise
+from vae import DEMO_DATA, RANK, WORLD, LatentCache, atomic_write, autocast, bounded
+from vae import derive_seed, encode_images, latents_to_images, load_vae, open_images, per_image_noise
 from vae import pick_device, pick_dtype, run_main, sample_posterior, save_grid, sha256_prefix, shorten
 
 # Defaults of the flags of the same names. Epochs, lr, batch size, weight decay: Appendix B; the rest: the release.
@@ -66,8 +66,7 @@ class Chains(torch.utils.data.Dataset):
         counts = np.bincount(cache.labels[self.images], minlength=len(cache.classes))
         too_small = [name for name, n in zip(cache.classes, counts) if n < refs]
         if too_small and refs > 1 or not counts.any():
-            which = f"{len(too_small)} classes have fewer than {refs} images: {shorten(too_small)}"
-            raise ValueError(f"--refs {refs}: {which}")
+            raise ValueError(f"--refs {refs}: classes have fewer than {refs} images: {shorten(too_small)}")
         self.chains_per_epoch = int((counts // refs).sum())
         self.epoch, self.order = -1, None
 
@@ -154,7 +153,7 @@ def train(args):
     options = dict(num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     options["timeout"] = 600 * (args.workers > 0)  # seconds: a worker that hangs is an error
     batches = torch.utils.data.DataLoader(chains, batch_size=None, sampler=range(run.step, args.steps), **options)
-    forward = parallelize(model, args, device)
+    forward = parallelize(model, args)
     local_batch = args.batch_size // WORLD
     micro_batch = local_batch // args.accumulate
 
@@ -223,10 +222,8 @@ def resolve_flags(args, last, device):
         micro_batches = args.batch_size / WORLD / (MICRO_BATCH[args.size] * memory / 80e9)
         args.accumulate = 2 ** max(0, math.ceil(math.log2(micro_batches or 1)))
     if args.batch_size % (WORLD * args.accumulate):
-        needs = f"must be a multiple of {WORLD} processes x --accumulate {args.accumulate}"
-        raise ValueError(f"--batch-size {args.batch_size}: {needs}")
-    if args.only_decoder and not (args.init or args.resume):
-        raise ValueError("--only-decoder: needs --init, the model whose AR Transformer it keeps")
+        multiple = f"a multiple of {WORLD} processes x --accumulate {args.accumulate}"
+        raise ValueError(f"--batch-size {args.batch_size}: must be {multiple}")
     return args
 
 
@@ -234,8 +231,7 @@ def open_cache(args, device):
     """The cache at --data; images are encoded first, into a cache beside OUT, named after them and the VAE."""
     path = Path(args.data)
     if path.suffix == ".npz" or path.is_dir() and not any(path.glob("moments.*")):
-        vae = load_vae(name_vae(args.vae, args.data), device)
-        images = Images(path, args.image_size or vae.image_size)
+        images, vae = open_images(args, device)
         cache_id = sha256_prefix((images.digest + vae.digest).encode())
         path = Path(args.out).parent / f"latents-{path.stem}-{images.shape[0]}-{cache_id}"
         if RANK == 0 and not path.exists():
@@ -244,10 +240,9 @@ def open_cache(args, device):
             dist.barrier()
     cache = LatentCache(path)
     args.data = str(path)  # recorded: stage 2 and --resume need not encode again
-    if args.vae and load_vae(args.vae).digest != cache.vae_digest:
-        raise ValueError(f"--vae {args.vae}: not the VAE of the latents in {path}; leave the flag out")
-    if args.image_size and args.image_size != cache.image_size:
-        raise ValueError(f"--image-size {args.image_size}: the latents in {path} are of {cache.image_size} px images")
+    vae_digest = load_vae(args.vae).digest if args.vae else cache.vae_digest
+    if (vae_digest, args.image_size or cache.image_size) != (cache.vae_digest, cache.image_size):
+        raise ValueError(f"{path}: latents of another --vae or --image-size than asked for; leave those flags out")
     return cache
 
 
@@ -313,15 +308,14 @@ def warm_start(model, path, cache=None):
     model.load_state_dict(state)
 
 
-def parallelize(model, args, device):
+def parallelize(model, args):
     """The model to call in the loop: compiled and wrapped for DDP, where wanted."""
     if args.compile:  # by block: two graphs to compile, and DDP reduces gradients while the backward pass goes on
         torch._dynamo.config.optimize_ddp = False  # does not cut a block into buckets
         for block in [*model.ar.blocks, *model.decoder.blocks]:
             block.compile()
     if WORLD > 1:
-        device_ids = [device] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
 
 
@@ -362,8 +356,9 @@ class Run:
         """Refuse a loss or gradient that is not finite, before the optimiser touches the weights."""
         if not math.isfinite(grad_norm):
             self.bar.close()
-            what = f"{self.out}: the loss or gradient of step {self.step + 1} is not finite"
-            raise ValueError(f"{what}; try --resume with a smaller --lr")
+            raise ValueError(
+                f"the loss or gradient of step {self.step + 1} is not finite; --resume with a smaller --lr"
+            )
 
     def after_step(self, loss, grad_norm, lr):
         """Count the step, then log, save, draw samples and stop where it is time to."""
@@ -479,8 +474,6 @@ def make_parser(doc, out, recipes):
     add("--lr", type=bounded(float, 0), help="peak learning rate; scale it with the batch size")
     add("--warmup", type=fraction, help="first part of the run, over which the learning rate rises, 0 to 1")
     add("--cooldown", type=fraction, help="last part of the run, over which the learning rate falls to 0, 0 to 1")
-    add("--weight-decay", type=bounded(float, 0), help="of all outside the decoder but biases and norms")
-    add("--clip", type=bounded(float, 1e-6), help="largest norm of the gradient")
     add("--ema", type=fraction, help="decay per step of the EMA weights, 0 to 1")
     add("--t", choices=["logit-normal", "uniform"], help="distribution of t in this stage: the release's, or Eq. 5's")
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw")
@@ -499,8 +492,7 @@ def make_parser(doc, out, recipes):
 def main():
     parser = make_parser(__doc__, "runs/train", ("XS 1-step", "1-step", "512 px"))
     parser.add_argument("--init", help="checkpoint whose EMA weights to start from")
-    freeze = "freeze the AR Transformer: the 512 px recipe, with --init and --image-size 512"
-    parser.add_argument("--only-decoder", action="store_true", default=None, help=freeze)
+    parser.add_argument("--only-decoder", action="store_true", default=None, help="train it alone: the 512 px recipe")
     parser.set_defaults(refs=1)
     train(parser.parse_args())
 

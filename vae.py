@@ -171,17 +171,8 @@ def load_vae(path, device="cpu"):
             vae = AutoencoderKL(channels, multipliers, blocks, len(state["post_quant_conv.weight"]))
         vae.load_state_dict(state, strict=True, assign=True)
         vae.scale, vae.image_size = float(ckpt.get("scale", RELEASED_SCALE)), int(ckpt.get("image_size", 256))
-        if not 0 < vae.scale < math.inf:
-            raise ValueError(f"its scale is {vae.scale}")
     vae.path, vae.digest = str(path), sha256_prefix(Path(path).read_bytes())  # recorded with the latents it makes
     return vae.to(device).eval().requires_grad_(False)
-
-
-def name_vae(vae, data):
-    """--vae, or the bundled VAE for the bundled images; other images need a VAE of their own."""
-    if not vae and str(data) != str(DEMO_DATA):
-        raise ValueError(f"--vae: name the VAE to encode {data} with: kl16, or one that python vae.py train has made")
-    return vae or DEMO_VAE
 
 
 def latents_to_images(vae, latents):
@@ -314,8 +305,15 @@ class Images(torch.utils.data.Dataset):
         return np.array(image)
 
 
+def open_images(args, device):
+    """(Images, VAE) of --data and --vae; other images than the bundled ones need a VAE of their own."""
+    if not args.vae and args.data != str(DEMO_DATA):
+        raise ValueError(f"--vae: name the VAE for {args.data}: kl16, or one that python vae.py train has made")
+    vae = load_vae(args.vae or DEMO_VAE, device)
+    return Images(args.data, args.image_size or vae.image_size, skip_bad=getattr(args, "skip_bad", False)), vae
+
+
 # ---------------------------------------------------------------------------------------------- the latent cache
-#
 # DIR/moments.bin  float16 [N, 2, 2 z, h, w]: mean and log-variance of the crop ([:, 0]) and its mirror image ([:, 1])
 # DIR/labels.npy   int64 [N]; -1: an image that could not be read (--skip-bad)
 # DIR/cache.json   shape of moments.bin, classes (names), scale, image_size, vae_digest
@@ -329,14 +327,13 @@ def encode_moments(vae, images, device, dtype):
     with autocast(device, dtype):
         views = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
     moments = torch.stack(views, dim=1).to("cpu", torch.float16)
-    readable = x.isfinite().flatten(1).all(1).cpu()  # an image of NaN has moments of NaN
-    if not moments[readable].isfinite().all():
+    if moments.isinf().any():  # an image that could not be read is NaN
         raise ValueError(f"{vae.path}: gives latents that are not finite in float16; is it the right VAE, and trained?")
     return moments.numpy()
 
 
 def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtype=torch.float32):
-    """Encode images into the cache folder `out`, written as OUT.partial and renamed when complete; run again to resume."""
+    """Encode images into the cache folder `out`, written as OUT.partial, renamed when complete; run again to resume."""
     out, partial, size = Path(out), Path(f"{out}.partial"), images.shape[0]
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or give another --out")
@@ -366,18 +363,14 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtyp
     error = show_reconstructions(images, vae, partial / "reconstructions.png", device, np.flatnonzero(readable))
     print(f"mean error of the VAE {error:.3f} of 2; originals over reconstructions: {out}/reconstructions.png")
     partial.rename(out)
-    skipped = [printable(images.name(i)) for i in np.flatnonzero(~readable)]
-    print(
-        "\n  left out, not readable: ".join([f"wrote {readable.sum():,} of {len(images):,} images to {out}", *skipped])
-    )
+    print(f"wrote {readable.sum():,} of {len(images):,} images to {out}")
+    for i in np.flatnonzero(~readable):
+        print(f"  left out, not readable: {printable(images.name(i))}")
 
 
 @torch.inference_mode()
 def show_reconstructions(images, vae, path, device, indices):
-    """Draw 16 of the images `indices`: two rows of 8, each over its reconstructions from the posterior mean.
-
-    Returns the mean absolute error in units of [-1, 1].
-    """
+    """Draw 16 of the images `indices` over their reconstructions; returns the mean error in units of [-1, 1]."""
     originals = np.stack([images[i] for i in indices[np.linspace(0, len(indices) - 1, 16).astype(int)]])
     batches = from_uint8(originals).to(device).split(4)
     decoded = np.concatenate([to_uint8(vae.decode(vae.encode(x)[0])) for x in batches])
@@ -390,15 +383,12 @@ class LatentCache:
 
     def __init__(self, path):
         self.path = path = Path(path)
-        if Path(f"{path}.partial").exists() and not path.exists():
-            raise ValueError(f"{path}: unfinished; repeat the command that encodes it, to resume")
         if not (path / "cache.json").exists():
-            raise ValueError(f"{path}: not a latent cache; make one: python vae.py encode --data SRC --out {path}")
+            raise ValueError(f"{path}: not a latent cache; make, or finish, it: vae.py encode --data SRC --out {path}")
         with readable(path, "latent cache"):
             record = json.loads((path / "cache.json").read_text())
             self.classes, self.scale, self.image_size = record["classes"], record["scale"], record["image_size"]
             self.vae_digest, shape = record["vae_digest"], tuple(record["shape"])
-            # what a checkpoint tells of its data
             self.info = dict(classes=self.classes, vae_digest=self.vae_digest, num_images=shape[0])
             if (path / "moments.bin").stat().st_size != 2 * math.prod(shape) or shape[1] != 2 or shape[2] % 2:
                 raise ValueError("moments.bin does not have the size that cache.json tells")
@@ -448,9 +438,8 @@ def train(args):
         cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
         optimizer.param_groups[0]["lr"] = peak_lr * min(1, (step + 1) / warmup) * cosine
         optimizer.step()
-        if step % 20 == 0:
-            bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
         if step % 100 == 99:
+            bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
             state = dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, flags=flags)
             atomic_write(partial, lambda f: torch.save(state, f))
     save_vae(vae.eval().requires_grad_(False), images, args.out, device)
@@ -488,9 +477,8 @@ def save_vae(vae, images, out, device):
 def encode(args):
     """Encode images into a latent cache, with a picture of reconstructions beside originals."""
     device = pick_device(args.device)
-    dtype, vae = pick_dtype(args.dtype, device), load_vae(name_vae(args.vae, args.data), device)
-    images = Images(args.data, args.image_size or vae.image_size, skip_bad=args.skip_bad)
-    encode_images(images, vae, args.out, args.batch_size, args.workers, device, dtype)
+    images, vae = open_images(args, device)
+    encode_images(images, vae, args.out, args.batch_size, args.workers, device, pick_dtype(args.dtype, device))
 
 
 def main():
@@ -579,9 +567,7 @@ def class_index(flag, word, names, num_classes):
         return names.index(word) if word in names else lower.index(word.casefold())
     if word.isdecimal() and int(word) < num_classes:
         return int(word)
-    raise ValueError(
-        f"{flag} {word}: this model has classes 0 to {num_classes - 1}" + ": " * bool(names) + shorten(names)
-    )
+    raise ValueError(f"{flag} {word}: this model has classes {shorten([f'0 to {num_classes - 1}', *names])}")
 
 
 def shorten(names, n=20):
@@ -683,10 +669,7 @@ def run_main(main):
 
 
 def save_grid(images, path, columns, rows=(), heads=(), pad=2):
-    """Write uint8 images [N, H, W, 3] as one PNG, row by row, with names of the rows and heads over the columns.
-
-    Small images are enlarged to 64 pixels.
-    """
+    """Write uint8 images [N, H, W, 3] as one PNG, row by row, with names of the rows and heads over the columns."""
     n, h, w = images.shape[:3]
     num_rows, zoom, font = -(-n // columns), max(1, 64 // h), ImageFont.load_default(14)
     cells = np.pad(images, ((0, num_rows * columns - n), (pad, 0), (pad, 0), (0, 0)), constant_values=255)
@@ -699,12 +682,7 @@ def save_grid(images, path, columns, rows=(), heads=(), pad=2):
         draw.text((left, top + (i + 0.5) * zoom * (h + pad)), name, "black", font, "rm")
     for i, name in enumerate(heads):
         draw.text((left + (i + 0.5) * zoom * (w + pad), top), name, "black", font, "md")
-    save_picture(picture, path)
-
-
-def save_picture(picture, path, zoom=1):
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    atomic_write(path, lambda f: picture.save(f, format="PNG", optimize=True))
+    atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ FULL = dict(data=DEMO_DATA, holdout=0.1, steps=1600, keep=400, tune=500, images=
 FULL |= dict(num=1000, evaluations=8, sde_steps=25, positions=(0, 1, 2, 3, 15, 63), draws=4, refs=(1, 4, 16, 64))
 FULL |= dict(scales=(1, 1.25, 1.5, 2, 3), counts=(4, 6, 8, 12, 25, 100), factors=(1.0, 0.9, 0.8))
 QUICK = dict(holdout=0.5, steps=2, keep=2, tune=2, images=4, pictures=0, net_steps=2)
-QUICK |= dict(num=4, evaluations=1, sde_steps=1, positions=(0, 3), draws=1, refs=(1, 4))
+QUICK |= dict(num=20, evaluations=1, sde_steps=1, positions=(0, 3), draws=1, refs=(1, 4))
 QUICK |= dict(scales=(1, CFG), counts=(1, 2), factors=(1.0, 0.9))
 args = argparse.Namespace(**FULL)  # main adds the flags
 # loading takes longer than the features of a few images

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from vae import DEMO_DATA, run_main, save_picture  # noqa: E402
+from vae import DEMO_DATA, atomic_write, run_main  # noqa: E402
 
 OUT = Path("runs/curves")
 
@@ -39,7 +39,7 @@ def plot(curves, path, xlabel, width=640, height=400):
         color = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0")[i % 4]
         draw.line([(to_x(a), to_y(b)) for a, b in zip(x, y)], color, width=2)
         draw.text((right - 8, top + 6 + 18 * i), name, color, font, "ra")
-    save_picture(picture, path)
+    atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 
 def plot_losses(run):

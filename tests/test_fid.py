@@ -197,7 +197,7 @@ def test_a_folder_gives_the_numbers_of_an_npz(tmp_path, measure, net):
     Image.fromarray(noise_images(1, 9, size=40)[0]).save(tmp_path / "tree" / "large.png")
     with pytest.raises(ValueError, match=r"large.png: is 40 x 40 px, others are 20 x 20; --image-size"):
         measure(f"--samples tree --ref r.npz --net {net}")
-    assert "31 images of 16 x 16 px" in measure(f"--samples tree --ref r.npz --net {net} --image-size 16")[1].out
+    assert "31 images of (16, 16) px" in measure(f"--samples tree --ref r.npz --net {net} --image-size 16")[1].out
 
 
 @pytest.mark.parametrize("size", [47, 12], ids=["larger", "smaller"])

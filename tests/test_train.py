@@ -83,7 +83,7 @@ def test_each_image_is_in_some_epoch_although_a_remainder_is_left_out():
 
 
 def test_classes_with_too_few_images_for_a_chain_are_named():
-    with pytest.raises(ValueError, match=r"1 classes have fewer than 4 images.*: class 1"):
+    with pytest.raises(ValueError, match=r"classes have fewer than 4 images.*: class 1"):
         Chains(fake_cache([8, 3, 4]), 4, 2, seed=0)
 
 
@@ -468,7 +468,7 @@ def test_other_images_or_another_vae_are_encoded_anew(project, garments, capsys)
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, capsys):
     flags = "--data cache --batch-size 8 --sample-every 0 --log-every 50 --steps 9 --save-every 1"
     run_in_process(f"train.py {flags} --lr 1e18 --warmup 0", expect=2)
-    message = r"the loss or gradient of step \d+ is not finite; try --resume with a smaller --lr"
+    message = r"the loss or gradient of step \d+ is not finite; --resume with a smaller --lr"
     assert re.search(message, capsys.readouterr().err)
     last = load_file("runs/train/last.pt")
     assert last["step"] < 9 and all(torch.isfinite(v).all() for v in last["model"].values())
@@ -505,14 +505,12 @@ def test_only_decoder_trains_the_decoder_at_another_resolution(project, capsys):
     assert after["decoder.positions"].shape[1] == 256
     assert all(torch.equal(after[k], v) for k, v in before.items() if not k.startswith("decoder."))
     assert not torch.equal(after["decoder.input_proj.weight"], before["decoder.input_proj.weight"])
-    run_in_process(f"train.py {SHORT} --steps 2 --out none --only-decoder", expect=2)
-    assert "--only-decoder: needs --init" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "line,messages",
     [
-        ("train.py --size B", ["latents: not a latent cache", "python vae.py encode"]),
+        ("train.py --size B", ["latents: not a latent cache", "vae.py encode --data SRC --out latents"]),
         ("finetune_mrar.py", ["runs/train/last.pt: no such file", "run train.py first"]),
         ("train.py --data images.npz --vae nothing.pt", ["nothing.pt"]),
         ("train.py --size B --data images.npz", ["--vae: name the VAE"]),

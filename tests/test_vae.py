@@ -319,7 +319,7 @@ def test_images_of_your_own_need_a_vae_of_their_own(tmp_path, garments, monkeypa
     np.savez("s.npz", images=garments[0], labels=garments[1])
     for line in ("vae.py encode --data s.npz --out cache", "train.py --data s.npz"):
         run_in_process(line, expect=2)
-        assert "--vae: name the VAE to encode s.npz with" in capsys.readouterr().err
+        assert "--vae: name the VAE for s.npz" in capsys.readouterr().err
     run_in_process(f"vae.py encode --data s.npz --vae {DEMO_VAE} --out cache")
     out = capsys.readouterr().out
     assert "60 images of 10 classes: 0, 1, 2" in out and "cache/reconstructions.png" in out
