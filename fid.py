@@ -33,8 +33,8 @@ def mean_and_covariance(features):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017); mu [D], sigma [D, D] symmetric, float64.
 
-    The trace of the root is the sum of the singular values of S1^(1/2) S2^(1/2). Unlike a matrix square root these are
-    exact for singular covariances too (fewer images than features).
+    The trace of the root is the sum of the singular values of R1^T R2, where R R^T = S. Unlike a matrix square root
+    these are exact for singular covariances too (fewer images than features).
     """
 
     def root(sigma):  # root @ root.T = sigma
@@ -70,7 +70,7 @@ def precision_recall(samples, reference, k=3, device="cpu"):
     block = max(1, 2**24 // max(len(samples), len(reference)))
 
     def part_inside(x, points):  # the part of x in the manifold of the points
-        rows = tqdm(points.split(block), desc="precision and recall")  # k + 1: the nearest point is the point itself
+        rows = tqdm(points.split(block), desc="precision and recall")  # below, k + 1: the nearest is the point itself
         radii = torch.cat([torch.cdist(r, points).topk(k + 1, largest=False).values[:, -1] for r in rows]) + slack
         inside = [(torch.cdist(r, points) <= radii).any(1) for r in x.split(block)]
         return torch.cat(inside).double().mean().item()
@@ -132,7 +132,7 @@ def parse():
     add("--json", metavar="FILE", help="also write the numbers to this file")
     add("--save-stats", metavar="F.npz", help="write mean and covariance of the samples' features: a --ref for later")
     add("--image-size", type=count, metavar="N", help="crop all images to N x N (default: the samples' size)")
-    add("--batch-size", type=count, default=64, help="images at once on each process (default: 64)")
+    add("--batch-size", type=count, default=64, help="images at once (default: 64)")
     add("--workers", type=bounded(int, 0), default=0, help="processes that read images (default: 0, this one)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     args = parser.parse_args()

@@ -11,8 +11,8 @@ Read from top to bottom beside "Marrying Autoregressive Transformer and Diffusio
     TransDiff.decode, sample    Eq. 7, Algorithms 1 and 2
     load_checkpoint             our files and the released ones
 
-One idea unifies 1-step AR and MRAR: a chain of `refs` images of one class, whose condition c has `cond_tokens` tokens,
-the same number for each image. refs = 1 is 1-step AR ("0 references" in the paper), refs = 4 is the paper's MRAR.
+One idea unifies 1-step AR and MRAR: a chain of `refs` images of one class shares a condition c of `cond_tokens` tokens,
+cond_tokens / refs for each image. refs = 1 is 1-step AR ("0 references" in the paper), refs = 4 is the paper's MRAR.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Config:
     dit_depth: int = 12  # blocks of the DiT decoder
     num_classes: int = 1000
     refs: int = 1  # images in a chain, refs - 1 of them references: 1 (1-step AR), 4 (MRAR), 16 or 64 (our guess)
-    cond_tokens: int = 256  # length of c over the whole chain
+    cond_tokens: int = 256  # length of c over the whole chain; 256 also at 512 px, where Eq. 9 has h w = 1,024
     class_tokens: int = 64  # copies of the class embedding at the start of the input
     latent_channels: int = 16
     latent_size: int = 16  # side of the square latent: 16 at 256 px, 32 at 512 px
@@ -46,7 +46,7 @@ class Config:
 
     def __post_init__(self):
         if self.refs not in (1, 4, 16, 64) or self.width % self.heads:
-            raise ValueError(f"refs {self.refs}: must be 1, 4, 16 or 64; heads {self.heads}: must divide {self.width}")
+            raise ValueError(f"refs {self.refs} must be 1, 4, 16 or 64; heads {self.heads} must divide {self.width}")
         side = math.isqrt(self.tokens_per_image)
         if self.refs > 1 and (self.refs * side**2 != self.cond_tokens or self.latent_size % side):
             raise ValueError(
@@ -95,8 +95,8 @@ def sampling_settings(config):
 def attention_masks(config, device=None):
     """Attention masks of Figure 3, bool, True = may attend. Print them for Config(..., refs=4).
 
-    Returns ar [S, S], S = class_tokens + cond_tokens, of the AR Transformer, and cross [refs, cond_tokens], of the
-    decoder, whose row k is c_0 ... c_k, from which image k is decoded.
+    Returns ar [S, S] for the AR Transformer, S = class_tokens + cond_tokens, and cross [refs, cond_tokens] for the
+    decoder: row k allows c_0 ... c_k, from which image k is decoded.
     """
     images = torch.arange(config.refs, device=device)
     image_of_token = images.repeat_interleave(config.tokens_per_image)  # the image that each token of c belongs to
@@ -213,7 +213,7 @@ class ARTransformer(nn.Module):
     def patchify(self, references):
         """[B, k, C, H, W] -> [B, k tokens_per_image, C p p], each patch in the order channel, row, column."""
         x = F.pixel_unshuffle(references, self.config.patch).flatten(3)  # [B, k, C p p, tokens_per_image]
-        return x.transpose(2, 3).flatten(1, 2).contiguous()  # contiguous: the same rounding for a slice and for a copy
+        return x.transpose(2, 3).flatten(1, 2).contiguous()  # contiguous also for k = 1, a view: every k rounds alike
 
 
 class DiTBlock(nn.Module):
@@ -289,7 +289,7 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
     With diffusion w(t) = 2 t, score s = -(x + (1 - t) v) / t and drift d = v - w s / 2 (by Eq. 4 and 5, x + (1 - t) v
     estimates eps, and the score of x_t given the image is -eps / t):
         x <- x + s1 d dt + s2 sqrt(w |dt|) n    for t on linspace(1, 0.04, steps), dt < 0
-    Eq. 16 has sigma^2 and sigma, Eq. 17 and 18 sqrt(sigma); the release, and we, use w and sqrt(w).
+    w is sigma^2 of Eq. 16, so its noise is sqrt(w) dW, as in the release; Eq. 17 and 18 write sqrt(sigma) instead.
     The last step, from t = 0.04 to 0, has neither s1 nor noise: as in the release, not in the paper.
 
     velocity       velocity(x, t) -> like x, t a float in [0, 1]; called `steps` times
@@ -326,8 +326,8 @@ def t_from_normal(normal, distribution="logit-normal"):
 class TransDiff(nn.Module):
     """AR Transformer + DiT, trained jointly (Section 3.1). `refs` in the config makes it 1-step AR or MRAR.
 
-    As in the release: one modulation for all blocks, gates that do not start at zero, a block-causal mask, and features
-    of `width`. The paper cites designs that differ in the first two, writes "causal", and has d f f features.
+    As in the release: one modulation for all blocks and gates not zero at the start (unlike the cited DiT), a
+    block-causal mask (the paper writes "causal"), and c of `width` numbers a token (the paper: d f f).
     """
 
     def __init__(self, config):
@@ -385,7 +385,7 @@ class TransDiff(nn.Module):
         if drop is not None:
             labels = torch.where(drop, config.num_classes, labels)
 
-        keys_values = self.keys_values(labels, latents[:, :-1])  # teacher forcing: the references are real images
+        keys_values = self.encode_keys_values(labels, latents[:, :-1])  # teacher forcing: real images as references
         mask = attention_masks(config, x.device)[1].repeat_interleave(batch_mul, dim=0) if R > 1 else None
         t_ = t[..., None, None, None]
         x_t = (1 - t_) * x + t_ * eps  # Eq. 4
@@ -394,8 +394,8 @@ class TransDiff(nn.Module):
 
     forward = loss  # DistributedDataParallel wraps forward
 
-    def keys_values(self, labels, references):
-        """Keys and values of c for every block of the decoder; of large 1-step batches each class is encoded once."""
+    def encode_keys_values(self, labels, references):
+        """Keys and values of c; without dropout (XS) a large 1-step batch encodes each class once."""
         classes = torch.arange(self.config.num_classes + 1, device=labels.device)
         if references.shape[1] or self.config.dropout or len(labels) < len(classes):
             return self.decoder.keys_values(self.encode(labels, references))
@@ -409,7 +409,7 @@ class TransDiff(nn.Module):
         c          [B, K, width], K up to cond_tokens
         noise      [B, C, H, W], standard normal
         c_null     [B, K', width]: condition of the null class, for guidance (default: none, half the work)
-        cfg        guidance scale, used at t <= cfg_below (Kynkaanniemi et al. 2024); in paper and release at every t
+        cfg        guidance scale at t <= cfg_below (Kynkaanniemi et al. 2024); the release guides at every t
         sampler    "euler-maruyama", the paper's, or "adams-bashforth", which has no noise
         settings   of euler_maruyama: s1, s2, noise_sampler
         Returns latents [B, C, H, W].
@@ -420,11 +420,11 @@ class TransDiff(nn.Module):
         null_keys_values = None if c_null is None else self.decoder.keys_values(c_null)
 
         def velocity(x, t):
-            t_ = torch.full((1,), t, device=x.device)
-            v = self.decoder(x, t_, keys_values).float()
+            t_tensor = torch.full((1,), t, device=x.device)
+            v = self.decoder(x, t_tensor, keys_values).float()
             if c_null is None or t > cfg_below:
                 return v
-            v_null = self.decoder(x, t_, null_keys_values).float()
+            v_null = self.decoder(x, t_tensor, null_keys_values).float()
             return v_null + cfg * (v - v_null)  # the drift is affine in v, so mixing velocities is mixing drifts
 
         if sampler == "adams-bashforth":
@@ -449,7 +449,7 @@ class TransDiff(nn.Module):
         refs = refs or config.refs
         settings = sampling_settings(config) | {k: v for k, v in settings.items() if v is not None}
         cfg, null_refs = settings.pop("cfg"), settings.pop("null_refs", True)
-        cfg = cfg if isinstance(cfg, list) else [cfg] * refs
+        cfg = cfg if isinstance(cfg, (list, tuple)) else [cfg] * refs
         if not 1 <= refs <= config.refs or len(cfg) < refs:
             expected = f"chains of 1 to {config.refs}, and takes a cfg for each image"
             raise ValueError(f"refs {refs}, cfg {cfg}: the model draws {expected}")
@@ -538,7 +538,7 @@ def load_state(path, ema=True):
     """(config, float32 state dict under our names, the file's other entries) of a checkpoint, ours or the release's."""
     ckpt = load_file(path)
     with readable(path, "TransDiff model"):
-        state = ema and ckpt.get("model_ema") or ckpt["model"]
+        state = ckpt["model_ema" if ema and ckpt.get("model_ema") else "model"]
         for theirs, ours in RELEASED_NAMES:
             state = {ours + k.removeprefix(theirs) if k.startswith(theirs) else k: v for k, v in state.items()}
         state = {k: v.float() for k, v in state.items()}

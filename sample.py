@@ -107,7 +107,7 @@ def choose_labels(args, model):
 
 
 def count_steps(model, total):
-    """Progress bar of the sampler's steps: calls of the decoder, of which one with the null class has the same t."""
+    """Progress bar in sampler steps; the two decoder calls of a guided step share one tensor t and count once."""
     bar, last = tqdm(total=total, unit="step", disable=RANK > 0), [None]
 
     def after_call(decoder, inputs, velocity):
@@ -170,7 +170,7 @@ def decode_conditions(model, vae, labels, parts, args, device):
     """Figures 1 and 5: decode parts of the features with the same noise -> uint8 images [N, len(parts), H, W, 3].
 
     labels  lists of N classes: c of each is that of the last image of a chain drawn for it
-    parts   functions of the list of those c that return the c to decode, guided against null without references
+    parts   functions of the list of those c that return the c to decode; guidance is against null without references
     """
     N, conditions, images, settings = len(labels[0]), [], [], dict(args.sampling)
     cfg = np.ravel(settings.pop("cfg"))[-1].item()  # of the last image
@@ -193,9 +193,9 @@ def draw_picture(model, vae, labels, names, args, device):
     """Draw the images and write them as one PNG with the names of its rows and columns."""
     tokens, each = model.config.tokens_per_image * args.refs, np.repeat(names, args.n)
     if args.fuse:
-        half, (a, b) = tokens // 2, (labels[: args.n], labels[args.n :])
-        fused = lambda c: torch.cat([c[0][:, :half], c[1][:, half:]], dim=1)  # noqa: E731
-        images = decode_conditions(model, vae, [a, b], [lambda c: c[0], lambda c: c[1], fused], args, device)
+        half, a, b = tokens // 2, labels[: args.n], labels[args.n :]
+        parts = [lambda c: c[0], lambda c: c[1], lambda c: torch.cat([c[0][:, :half], c[1][:, half:]], dim=1)]
+        images = decode_conditions(model, vae, [a, b], parts, args, device)
         rows, heads = (), [*names, "fused"]
     elif args.features:
         if max(args.features) > tokens:

@@ -29,7 +29,7 @@ from vae import DEMO_DATA, RANK, WORLD, LatentCache, atomic_write, autocast, bou
 from vae import derive_seed, encode_images, latents_to_images, load_vae, open_images, per_image_noise
 from vae import pick_device, pick_dtype, run_main, sample_posterior, save_grid, sha256_prefix, shorten
 
-# Defaults of the flags of the same names. Epochs, lr, batch size, weight decay: Appendix B; the rest: the release.
+# Defaults of the flags of these names. Epochs, lr, batch size, weight decay: Appendix B; the rest, 512 px: the release.
 # warmup is a fraction of the run: 1/8 of 800 epochs is the release's 100. The release scales lr with the batch size.
 COMMON = dict(weight_decay=0.02, clip=3.0, t="logit-normal", seed=0, holdout=0.0, log_every=50, workers=0)
 PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
@@ -110,9 +110,9 @@ def loss_inputs(moments, labels, seeds, cache, config, args):
     normal, generator = torch.empty(len(seeds), sum(parts), device=labels.device), torch.Generator(labels.device)
     for row, seed in zip(normal, seeds):
         row.normal_(generator=generator.manual_seed(seed))
-    drop, t, noise, posterior_noise = normal.split(parts, dim=1)
+    drop_normal, t, noise, posterior_noise = normal.split(parts, dim=1)
     latents = sample_posterior(*moments.float().chunk(2, dim=-3), posterior_noise.unflatten(1, (config.refs, *shape)))
-    drop = torch.special.ndtr(drop[:, 0]) < config.label_drop_prob
+    drop = torch.special.ndtr(drop_normal[:, 0]) < config.label_drop_prob
     noise = noise.unflatten(1, (M, *shape))
     return latents * cache.scale, labels, t_from_normal(t, args.t), noise, args.batch_mul, drop
 
@@ -144,9 +144,9 @@ def train(args):
     args = resolve_flags(args, last, device)
     cache = open_cache(args, device)
     model, ema, optimizer = build(args, cache, last, device)
-    images, held_out = split(cache.labels, args.holdout)
+    images, held_out_images = split(cache.labels, args.holdout)
     chains = Chains(cache, args.refs, args.batch_size, args.seed, RANK, WORLD, images)
-    held_out = Chains(cache, args.refs, 64, seed=0, images=held_out) if args.holdout else None
+    held_out = Chains(cache, args.refs, 64, seed=0, images=held_out_images) if args.holdout else None
     args.steps = args.steps or math.ceil(args.epochs * chains.chains_per_epoch / args.batch_size)
     run = Run(args, chains, held_out, model, ema, optimizer, last, device)
     del last  # four times the size of the model
@@ -208,10 +208,10 @@ def resolve_flags(args, last, device):
     if "epochs" in given:
         before = dict(before, steps=None)
     start = load_file(args.init) if args.init and not last else None
-    if isinstance(start, dict) and {"args", "config"} <= start.keys():  # a last.pt: continue on its data
-        before = {"data": start["args"]["data"]}
+    if isinstance(start, dict) and {"args", "config"} <= start.keys():  # a last.pt: continue on its images
+        before = dict(before, data=start["args"]["data"], holdout=start["args"]["holdout"])
     flags = dict(size="XS", refs=4, only_decoder=False) | before | given
-    if "refs" not in given:  # finetune_mrar.py without --refs: as the resumed run, else 4
+    if "refs" not in given:  # finetune_mrar.py without --refs: never 1, so a 1-step run is refused
         flags["refs"] = max(4, flags["refs"])
     demo, stage = flags["size"] == "XS", "MRAR" if flags["refs"] > 1 else "1-step"
     recipe = COMMON | RECIPES[f"XS {stage}" if demo else "512 px" if flags["only_decoder"] else stage]
@@ -273,7 +273,7 @@ def build(args, cache, last, device):
 
 
 def differences(form, a, b):
-    """The entries of the dict b that a does not have, or has otherwise, as text: `form` takes name, a's and b's."""
+    """Text of the entries of the dict b that differ in a: form.format(name, value in a, value in b)."""
     return ", ".join(form.format(k, str(a.get(k))[:99], str(v)[:99]) for k, v in b.items() if a.get(k) != v)
 
 
@@ -407,7 +407,7 @@ class Run:
             moments, labels = (x.to(self.device) for x in self.held_out[s])
             inputs = loss_inputs(moments, labels, range(64 * s, 64 * s + 64), self.cache, self.model.config, self.args)
             with autocast(self.device, self.dtype):
-                losses.append(self.ema(*inputs[:-1]).item())
+                losses.append(self.ema(*inputs[:-1]).item())  # all but drop: no null class
         return sum(losses) / len(losses)
 
     def save(self, keep):
@@ -428,7 +428,7 @@ class Run:
         randn = per_image_noise(self.args.seed, range(len(labels)), self.device)
         vae, path = load_vae(self.out / "vae.pt", self.device), self.out / f"samples-{self.step:07d}.png"
         with torch.inference_mode(), autocast(self.device, self.dtype):
-            images = latents_to_images(vae, self.ema.sample(labels, noise_sampler=randn)[:, -1])
+            images = latents_to_images(vae, self.ema.sample(labels, noise_sampler=randn, cfg_below=1.0)[:, -1])
         save_grid(images, path, columns=4, rows=names)
         tqdm.write(f"wrote {path}")
 
@@ -477,7 +477,7 @@ def make_parser(doc, out, recipes):
     add("--ema", type=fraction, help="decay per step of the EMA weights, 0 to 1")
     add("--t", choices=["logit-normal", "uniform"], help="distribution of t in this stage: the release's, or Eq. 5's")
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw")
-    add("--holdout", type=fraction, help="part of the images never trained on; their loss is in log.csv, 0 to 1")
+    add("--holdout", type=fraction, help="part of the images to keep out; log.csv has their loss at each picture")
     add("--save-every", type=count, help="steps between checkpoints")
     add("--keep-every", type=count, help="steps between EMA checkpoints to keep, as OUT/ema-STEP.pt (default: none)")
     add("--sample-every", type=bounded(int, 0), help="steps between pictures, and one at the end; 0 for none")
