@@ -497,7 +497,7 @@ def readable(path, kind):
     except Exception as e:
         if isinstance(e, OSError) and e.filename:  # no such file, no permission: the error names the file itself
             raise
-        reason = printable(" ".join(str(e).split())[:200]) or type(e).__name__
+        reason = printable(" ".join(str(e).split()).split(". ")[0][:200]) or type(e).__name__
         raise ValueError(f"{path}: not a readable {kind} ({reason})") from None
 
 

@@ -83,8 +83,8 @@ def load(args, device, dtype):
         raise ValueError(f"--vae {vae.path}: not the VAE of this model's latents; give that one")
     args.refs = args.refs or model.config.refs
     if not len(args.references or []) < args.refs <= model.config.refs:
-        chains = f"this model draws chains of 1 to {model.config.refs} images, at most all but one of them --references"
-        raise ValueError(f"--refs {args.refs}: {chains}")
+        given = f"--refs {args.refs}, {len(args.references or [])} --references"
+        raise ValueError(f"{given}: this model draws chains of 1 to {model.config.refs} images, the last of them new")
     args.cfg = args.cfg and (args.cfg if len(args.cfg) > 1 else args.cfg[0])
     given = {k: vars(args)[k] for k in ("steps", "cfg", "cfg_below", "null_refs", "s1", "s2", "sampler")}
     given = {k: v for k, v in given.items() if v is not None}
@@ -229,7 +229,7 @@ def main():
             draw_picture(model, vae, labels, names, args, device)
     if RANK == 0:
         settings = ", ".join(f"{k} {v}" for k, v in {"refs": args.refs, **args.sampling}.items())
-        print(f"wrote {args.out} ({shorten(names)}; {settings})")
+        tqdm.write(f"wrote {args.out} ({shorten(names)}; {settings})")
 
 
 if __name__ == "__main__":

@@ -296,7 +296,7 @@ class Images(torch.utils.data.Dataset):
         except ValueError as e:
             if self.skip_bad:
                 return np.full((*self.shape, 3), np.nan, np.float32)
-            raise ValueError(f"{e}; remove it, or leave it out by vae.py encode --skip-bad") from None
+            raise ValueError(f"{e}; remove it (vae.py encode can leave it out: --skip-bad)") from None
         if self.size:
             return center_crop(image, self.size)
         if image.size != self.shape[::-1]:
@@ -307,7 +307,7 @@ class Images(torch.utils.data.Dataset):
 
 def open_images(args, device):
     """(Images, VAE) of --data and --vae; other images than the bundled ones need a VAE of their own."""
-    if not args.vae and args.data != str(DEMO_DATA):
+    if not args.vae and args.data != str(DEMO_DATA) and Path(args.data).exists():
         raise ValueError(f"--vae: name the VAE for {args.data}: kl16, or one that python vae.py train has made")
     vae = load_vae(args.vae or DEMO_VAE, device)
     return Images(args.data, args.image_size or vae.image_size, skip_bad=getattr(args, "skip_bad", False)), vae

@@ -5,6 +5,7 @@ python demo/curves.py               demo/steps.png and demo/evaluations.png, by 
                                     minutes on two cores; files go to runs/curves; what is there is not made again
 """
 
+import argparse
 import csv
 import io
 import json
@@ -72,8 +73,11 @@ def distance(name, flags):
 
 
 def main():
-    if sys.argv[1:]:
-        return plot_losses(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a training run")
+    args = parser.parse_args()
+    if args.run:
+        return plot_losses(args.run)
     if not (OUT / "train" / "last.pt").exists():
         run(f"train.py --out {OUT}/train --keep-every 400 --sample-every 0")
     checkpoints = sorted((OUT / "train").glob("ema-*.pt"))

@@ -72,7 +72,10 @@ def test_references_start_every_chain(run):
     run(f"{draw} --references ref.png --out chain.png")
     (first, second, _), (reference, follower, _) = columns("plain.png", 3), columns("chain.png", 3)
     assert not np.array_equal(first, reference) and not np.array_equal(second, follower)
-    assert "at most all but one" in run(f"{draw} --references {'ref.png ' * 3} --out x.png", expect=2)[1]
+    assert (
+        "--refs 3, 3 --references: this model draws"
+        in run(f"{draw} --references {'ref.png ' * 3} --out x.png", expect=2)[1]
+    )
     assert "ref.pn:" in run(f"{draw} --references ref.pn --out x.png", expect=2)[1]
 
 
@@ -169,7 +172,7 @@ def test_several_processes_draw_only_sets(flags, message, run, monkeypatch):
     ("--features 2 256", "decoded from 64"),
     ("--class 10", "--class 10: this model has classes 0 to 9, t-shirt, trouser"),
     ("--class hat", "--class hat"),
-    ("--refs 5", "--refs 5: this model draws chains of 1 to 4 images"),
+    ("--refs 5", "--refs 5, 0 --references: this model draws chains of 1 to 4 images"),
     ("--ckpt nothing.pt", "nothing.pt"),
     (f"--ckpt {VAE}", "vae.pt: not a readable TransDiff model"),
     (f"--vae {MODEL}", "mrar.pt: not a readable VAE"),

@@ -300,7 +300,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(small, refused):
         check("not a readable TransDiff model")
     save_with(lambda weights: weights.update({"\x1b[31m" + "x" * 10**6: torch.zeros(1)}))
     check("not a readable TransDiff model")
-    assert "--refs 4: this model draws chains of 1 to 1 images" in refused("sample.py --ckpt run/ema.pt --refs 4")
+    assert "this model draws chains of 1 to 1 images" in refused("sample.py --ckpt run/ema.pt --refs 4")
     assert "run/ema.pt: not a readable VAE" in refused("sample.py --ckpt run/ema.pt --vae run/ema.pt")
     assert "vae.pt: not a readable TransDiff model" in refused("sample.py --ckpt vae.pt")
 
@@ -312,7 +312,7 @@ FLAGS = [
     ("sample.py --class 1000", "--class 1000: this model has classes 0 to 9"),
     ("sample.py --class trousers", "trouser"),
     ("sample.py --class -1", "--class"),
-    ("sample.py --refs 16", "--refs 16: this model draws chains of 1 to 4 images"),
+    ("sample.py --refs 16", "--refs 16, 0 --references: this model draws chains of 1 to 4 images"),
     ("sample.py --steps 0", "--steps: 0: must be at least 1"),
     ("sample.py --steps 2.5", "--steps: invalid int value: '2.5'"),
     ("sample.py --n 0", "--n: 0: must be at least 1"),
