@@ -160,7 +160,7 @@ def sampling(model, batch, refs, steps, device, dtype, compile):
 
     def fast():
         with torch.inference_mode(), autocast(device, dtype):
-            cast.sample(labels, refs, steps=steps, cfg=1.3, s1=1.0, s2=1.0)
+            cast.sample(labels, refs, steps=steps, cfg=1.3, cfg_below=1.0, sampler="euler-maruyama", null_refs=True)
 
     def plain():
         with torch.inference_mode(), autocast(device, dtype):
