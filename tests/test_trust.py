@@ -419,6 +419,7 @@ def test_a_full_disk_is_one_line_and_the_command_resumes_with_room(small, comman
 
 
 def test_ctrl_c_is_one_line(small, monkeypatch, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: signal.raise_signal(signal.SIGINT))
     run_in_process("vae.py train --data source.npz", expect=130)
     err = capsys.readouterr().err
