@@ -1,29 +1,35 @@
 """Stage 4: FID, Inception Score, precision and recall of samples (the measures of Tables 1-3).
 
-    python fid.py --samples samples.npz --ref VIRTUAL_imagenet256_labeled.npz   against ADM's batch, as the paper
-    python fid.py --samples train/ --image-size 256 --save-stats stats.npz      statistics once; then --ref stats.npz
-    python fid.py --samples samples.npz --ref SRC --net demo/features.pt        in another network's features (not FID)
+    python fid.py --samples samples.npz --ref VIRTUAL_imagenet256_labeled.npz   ADM's batch, as the
+                                                                                paper
+    python fid.py --samples train/ --image-size 256 --save-stats stats.npz      then --ref stats.npz
+    python fid.py --samples samples.npz --ref SRC --net demo/features.pt        not FID: distances in
+                                                                                another network
 
-Samples and reference are folders of images or .npz files of uint8 images (arr_0 or images). A TorchScript file is a
-program that runs when it is loaded: name only networks that you trust.
+Samples and reference are folders of images or .npz files of uint8 images (arr_0 or images). A
+TorchScript file is a program that runs when it is loaded: name only networks that you trust.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
+# model comes before torch: it sets how OpenMP's threads wait.
+from model import UserError, atomic_write, bounded, fetch, make_parser, pick_device, run_main
+from model import sha256_prefix, shorten, user_file, write_json
+from vae import Images
+
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import readable
-from vae import Images, atomic_write, bounded, fetch, pick_device, run_main, sha256_prefix
+INCEPTION = (
+    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+    "inception-2015-12-05.pt"
+)
 
-INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
-
-# ---------------------------------------------------------------------------------------------- the measures
+# -------------------------------------------------------------------------------- the measures
 def mean_and_covariance(features):
     """Mean [D] and unbiased covariance [D, D], float64, of features [N, D]."""
     features = features.double()
@@ -31,10 +37,13 @@ def mean_and_covariance(features):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017); mu [D], sigma [D, D] symmetric, float64.
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017).
 
-    The trace of the root is the sum of the singular values of R1^T R2, where R R^T = S. Unlike a matrix square root
-    these are exact for singular covariances too (fewer images than features).
+    mu     [D], float64
+    sigma  [D, D], symmetric, float64
+
+    The trace of the root is the sum of the singular values of R1^T R2, where R R^T = S. Unlike a
+    matrix square root these are exact for singular covariances too (fewer images than features).
     """
 
     def root(sigma):  # root @ root.T = sigma
@@ -42,148 +51,206 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         return vectors * values.clamp_min(0).sqrt()
 
     cross = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).clamp_min(0).item()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
+    return distance.clamp_min(0).item()
 
 
 def inception_score(p):
-    """exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016) of probabilities p [N, K]: mean and deviation of ten parts.
+    """exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016): mean and deviation of ten parts.
+
+    p  class probabilities [N, K]
 
     E_x KL = E_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y). The parts are torch-fidelity's.
     """
-    n, order, scores = len(p), np.random.RandomState(2020).permutation(len(p)), []
+    n = len(p)
+    p = p[np.random.RandomState(2020).permutation(n)].double()
+    scores = []
     for i in range(10):
-        part = p[order[i * n // 10 : (i + 1) * n // 10]].double()
+        part = p[i * n // 10 : (i + 1) * n // 10]
         p_y = part.mean(0)
-        scores.append((torch.xlogy(part, part).sum(1).mean() - torch.xlogy(p_y, p_y).sum()).exp())
-    return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
+        kl = torch.xlogy(part, part).sum(1).mean() - torch.xlogy(p_y, p_y).sum()
+        scores.append(kl.exp().item())
+    return np.mean(scores), np.std(scores)
 
 
 def precision_recall(samples, reference, k=3, device="cpu"):
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of features [N, D] and [M, D], N, M > k, in [0, 1].
+    """Improved precision and recall (Kynkaanniemi et al. 2019), both in [0, 1].
 
-    A set's manifold is the union of balls around its points, each reaching to the k-th nearest other point of the set.
-    Precision is the part of the samples in the reference's manifold, recall the part of the reference in the samples'.
+    samples    features [N, D], N > k
+    reference  features [M, D], M > k
+
+    A set's manifold is the union of balls around its points, each reaching to the k-th nearest
+    other point of the set. Precision is the part of the samples in the reference's manifold, recall
+    the part of the reference in the samples'.
     """
-    center = reference.mean(0, dtype=torch.float64)  # distances do not depend on it, their rounding does
-    samples, reference = ((x.double() - center).to(device) for x in (samples, reference))
-    slack = 1e-6 * max(x.norm(dim=1).max() for x in (samples, reference))  # so that copies lie in each other's balls
-    block = max(1, 2**24 // max(len(samples), len(reference)))
+    center = reference.double().mean(0)  # distances do not depend on it, their rounding does
+    a = (samples.double() - center).to(device)
+    b = (reference.double() - center).to(device)
+    slack = 1e-6 * torch.cat([a, b]).norm(dim=1).max()  # copies lie in each other's balls
+    rows = max(1, 2**24 // max(len(a), len(b)))
 
-    def part_inside(x, points):  # the part of x in the manifold of the points
-        rows = tqdm(points.split(block), desc="precision and recall")  # below, k + 1: the nearest is the point itself
-        radii = torch.cat([torch.cdist(r, points).topk(k + 1, largest=False).values[:, -1] for r in rows]) + slack
-        inside = [(torch.cdist(r, points) <= radii).any(1) for r in x.split(block)]
+    def part_inside(x, points):
+        """The part of x in the manifold of the points."""
+        radii = []
+        for block in tqdm(points.split(rows), desc="precision and recall"):
+            nearest = torch.cdist(block, points).topk(k + 1, largest=False).values
+            radii.append(nearest[:, k])  # nearest[:, 0] is the point itself
+        radii = torch.cat(radii) + slack
+        inside = [(torch.cdist(block, points) <= radii).any(1) for block in x.split(rows)]
         return torch.cat(inside).double().mean().item()
 
-    return part_inside(samples, reference), part_inside(reference, samples)
+    return part_inside(a, b), part_inside(b, a)
 
 
-# ---------------------------------------------------------------------------------------------- features
+# -------------------------------------------------------------------------------- features
 def load_net(path, device):
-    """TorchScript network: images x uint8 [N, 3, H, W] -> net(x, return_features=True) [N, D], and
-    net(x, no_output_bias=True), class probabilities [N, K]. Returns (net, D)."""
-    with readable(path, "TorchScript feature network"):
+    """TorchScript network, as NVIDIA's Inception is called.
+
+    net(x, return_features=True)  features [N, D] of images x uint8 [N, 3, H, W]
+    net(x, no_output_bias=True)   class probabilities [N, K]
+    """
+    with user_file(path, "TorchScript feature network"):
         net = torch.jit.load(str(path), map_location=device).eval()
         with torch.inference_mode():
             image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device)
-            _, (_, width) = net(image, no_output_bias=True).shape, net(image, return_features=True).shape
-    return net, width
+            net(image, no_output_bias=True)
+            net(image, return_features=True)
+    return net
 
 
-def extract(net, images, args, **output):
-    """net(x, **output) of all images -> float32 [N, D] on the CPU."""
-    loader = torch.utils.data.DataLoader(images, args.batch_size, num_workers=args.workers)
-    batches = tqdm(loader, unit="batch", desc=f"{', '.join(output)} of {images.path}")
-    x = torch.cat([net(x.permute(0, 3, 1, 2).contiguous().to(args.device), **output).float().cpu() for x in batches])
-    if not x.isfinite().all():
-        raise ValueError(f"{images.path}: the network gives numbers that are not finite")
-    return x
+@torch.inference_mode()
+def extract(net, images, args, device):
+    """Features [N, D] and class probabilities [N, K], float32 on the CPU, of all images."""
+    features = []
+    probs = []
+    loader = DataLoader(images, args.batch_size, num_workers=args.workers)
+    # TorchScript would spend its first calls on profiling itself.
+    with torch.jit.optimized_execution(False):
+        for x in tqdm(loader, unit="batch", desc=f"features of {images.path}"):
+            x = x.permute(0, 3, 1, 2).contiguous().to(device)
+            features.append(net(x, return_features=True).float().cpu())
+            probs.append(net(x, no_output_bias=True).float().cpu())
+    features = torch.cat(features)
+    if not features.isfinite().all():
+        raise UserError(f"{images.path}: the network gives numbers that are not finite")
+    return features, torch.cat(probs)
 
 
-def open_reference(path, samples, network, width):
-    """(Images brought to the samples' size, (mu [D], sigma [D, D])) of --ref, None for what it has not."""
-    stats = None  # ADM's reference batches have both: the statistics are of more images than the batch
+def read_stats(path, network, shape):
+    """(mu, sigma) of an .npz, float64, or None where it has only images.
+
+    ADM's reference batches have both: the statistics are of more images than the batch.
+    """
+    if not path.endswith(".npz") or not Path(path).is_file():
+        return None
+    with user_file(path, ".npz of images or statistics"), np.load(path) as data:
+        arrays = {k: data[k] for k in ("mu", "sigma", "network", "image_size") if k in data}
+    if "mu" not in arrays or "sigma" not in arrays:
+        return None
+    # ADM's files name neither network nor size.
+    if str(arrays.get("network", network)) != network:
+        raise UserError(f"--ref {path}: statistics of another network; make new ones: --save-stats")
+    size = tuple(arrays.get("image_size", shape))
+    if size != shape:
+        raise UserError(
+            f"--ref {path}: statistics of {size} px, the samples are {shape}: --image-size"
+        )
+    mu = torch.from_numpy(arrays["mu"].astype(np.float64))
+    sigma = torch.from_numpy(arrays["sigma"].astype(np.float64))
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise UserError(f"--ref {path}: mu or sigma is not finite")
+    return mu, sigma
+
+
+def open_reference(path, shape):
+    """Images of --ref in the size of the samples; None where it has only statistics."""
     if path.endswith(".npz") and Path(path).is_file():
-        with readable(path, ".npz of images or statistics"), np.load(path, allow_pickle=False) as data:
-            has_images = "arr_0" in data or "images" in data
-            if "mu" in data or not has_images:
-                mu, sigma = stats = tuple(torch.from_numpy(data[k].astype(np.float64)) for k in ("mu", "sigma"))
-                made_by = str(data["network"])[:16] if "network" in data else network  # ADM's files name no network
-                if made_by != network or mu.shape != (width,) or sigma.shape != (width, width):
-                    raise ValueError("statistics of another network; make new ones with --save-stats and this --net")
-                if not (mu.isfinite().all() and sigma.isfinite().all()):
-                    raise ValueError("mu or sigma is not finite")
-            if not has_images:
-                return None, stats
-    shape = samples.shape
-    images = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
-    if images.shape != shape:
-        raise ValueError(f"--ref {path}: {images.shape} px, the samples {shape}; --image-size N crops both to N x N")
-    return images, stats
+        with np.load(path) as data:
+            if "arr_0" not in data and "images" not in data and "mu" in data:
+                return None
+    reference = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
+    if reference.shape != shape:
+        raise UserError(f"--ref {path}: {reference.shape} px, the samples {shape}: --image-size N")
+    return reference
 
 
-# ---------------------------------------------------------------------------------------------- command
+def accuracy(p, samples, classes):
+    """Part of the samples [N] that the network takes for their class, matched by name."""
+    names = [samples.classes[k] for k in samples.labels]
+    guesses = [classes[k] for k in p.argmax(1)]
+    return np.mean([name == guess for name, guess in zip(names, guesses)])
+
+
+# -------------------------------------------------------------------------------- command
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count = parser.add_argument, bounded(int, 1)
-    add("--samples", metavar="S", required=True, help="images: a folder (any depth), or F.npz as sample.py writes it")
-    add("--ref", metavar="R", help="what to compare with: images, ADM's reference batch, or statistics of --save-stats")
-    add("--net", metavar="FILE", help="feature network, TorchScript (default: NVIDIA's Inception, fetched once)")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--samples", metavar="S", required=True, help="images: a folder (any depth), or F.npz")
+    add("--ref", metavar="R", help="images, ADM's reference batch, or statistics of --save-stats")
+    add("--net", metavar="FILE", help="feature network, TorchScript (default: NVIDIA's Inception)")
     add("--json", metavar="FILE", help="also write the numbers to this file")
-    add("--save-stats", metavar="F.npz", help="write mean and covariance of the samples' features: a --ref for later")
-    add("--image-size", type=count, metavar="N", help="crop all images to N x N (default: the samples' size)")
-    add("--batch-size", type=count, default=64, help="images at once (default: 64)")
-    add("--workers", type=bounded(int, 0), default=0, help="processes that read images (default: 0, this one)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("--save-stats", metavar="F.npz", help="write mean and covariance of the samples' features")
+    add("--image-size", type=bounded(int, 1), help="crop all images to N x N pixels")
+    add("--batch-size", type=bounded(int, 1), default=64, help="images at once (default: 64)")
+    add(
+        "--workers", type=bounded(int, 0), default=0, help="processes that read images (default: 0)"
+    )
     args = parser.parse_args()
-    if not (args.ref or args.save_stats):
-        raise ValueError("--ref: give a reference (or --save-stats F.npz, to write the samples' statistics)")
+    if not args.ref and not args.save_stats:
+        raise UserError("--ref: give a reference (or --save-stats F.npz)")
     if args.ref and not Path(args.ref).exists():
-        raise ValueError(f"--ref {args.ref}: no such file or folder")
+        raise UserError(f"--ref {args.ref}: no such file or folder")
     return args
 
 
 def main():
     args = parse()
-    samples = Images(args.samples, args.image_size, labelled=False)
-    args.device = pick_device(args.device)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # its rounding shows in FID
-    net_path = args.net or fetch(INCEPTION, Path(torch.hub.get_dir()) / "transdiff" / Path(INCEPTION).name)
-    (net, width), network = load_net(net_path, args.device), sha256_prefix(Path(net_path).read_bytes())
-    reference, stats = open_reference(args.ref, samples, network, width) if args.ref else (None, None)
-    for images in (samples, reference or samples):
-        if len(images) < 10:
-            raise ValueError(f"{images.path}: has {len(images)} images; the measures need 10 or more")
-
-    # TorchScript would spend its first calls on profiling itself
-    with torch.inference_mode(), torch.jit.optimized_execution(False):
-        features = extract(net, samples, args, return_features=True)
-        p = extract(net, samples, args, no_output_bias=True)
-        ref_features = extract(net, reference, args, return_features=True) if reference else None
-    mu, sigma = mean_and_covariance(features)
-    if args.save_stats:
-        arrays = dict(mu=mu.numpy(), sigma=sigma.numpy(), network=np.array(network))
-        atomic_write(args.save_stats, lambda f: np.savez(f, **arrays))
-        print(f"wrote the statistics of {args.samples} to {args.save_stats}")
-    result = dict(zip(("inception_score", "inception_score_std"), inception_score(p)))
-    if args.ref:
-        stats = stats or mean_and_covariance(ref_features)
-        result["frechet_distance" if args.net else "fid"] = frechet_distance(mu, sigma, *stats)
-    if reference:
-        result["precision"], result["recall"] = precision_recall(features, ref_features, device=args.device)
-    if hasattr(net, "classes") and 1 < len(samples.classes) <= len(net.classes):  # of demo/train_features.py
-        result["accuracy"] = (p.argmax(1).numpy() == samples.labels).mean().item()
-
-    print(
-        f"{args.samples}: {len(samples):,} images of {samples.shape} px, in the features of {args.net or 'Inception'}"
+    device = pick_device(args.device)
+    path = args.net or fetch(
+        INCEPTION, Path(torch.hub.get_dir(), "transdiff", Path(INCEPTION).name)
     )
+    net = load_net(path, device)
+    network = sha256_prefix(Path(path).read_bytes())
+    samples = Images(args.samples, args.image_size, labelled=False)
+    stats = reference = None
+    if args.ref:
+        stats = read_stats(args.ref, network, samples.shape)
+        reference = open_reference(args.ref, samples.shape)
+    for images in (samples, reference):
+        if images is not None and len(images) < 10:
+            raise UserError(f"{images.path}: has {len(images)} images; 10 or more are needed")
+
+    features, p = extract(net, samples, args, device)
+    mu, sigma = mean_and_covariance(features)
+    score, deviation = inception_score(p)
+    prefix = "" if args.net else "inception_"
+    result = {f"{prefix}score": score, f"{prefix}score_std": deviation}
+    if reference:
+        ref_features, _ = extract(net, reference, args, device)
+        stats = stats or mean_and_covariance(ref_features)
+        precision, recall = precision_recall(features, ref_features, device=device)
+        result.update(precision=precision, recall=recall)
+    if stats:
+        result["frechet_distance" if args.net else "fid"] = frechet_distance(mu, sigma, *stats)
+    classes = getattr(net, "classes", [])  # of demo/train_features.py
+    if {samples.classes[k] for k in samples.labels} <= set(classes):
+        result["accuracy"] = accuracy(p, samples, classes)
+
+    print(f"{args.samples}: {len(samples):,} images of {samples.shape} px, features of {path}")
+    if classes:
+        print(f"this network knows {shorten(classes)}; of other images its numbers mean little")
     for name, value in result.items():
         print(f"  {name:24}{value:10.4f}")
     if len(samples) < 10_000:
-        print("fid.py: warning: a distance of fewer than 10,000 samples is biased upwards", file=sys.stderr)
+        warning = "a distance of fewer than 10,000 samples is biased upwards"
+        print(f"fid.py: warning: {warning}", file=sys.stderr)
+    if args.save_stats:
+        arrays = dict(mu=mu, sigma=sigma, network=network, image_size=samples.shape)
+        atomic_write(args.save_stats, lambda f: np.savez(f, **arrays))
+        print(f"wrote the statistics of {args.samples} to {args.save_stats}")
     if args.json:
-        result |= dict(network=network, samples=args.samples, reference=args.ref, num_samples=len(samples))
-        atomic_write(args.json, json.dumps(result, indent=1).encode())
+        result.update(network=network, samples=args.samples, reference=args.ref)
+        write_json(args.json, dict(result, num_samples=len(samples)))
 
 
 if __name__ == "__main__":

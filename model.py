@@ -1,30 +1,47 @@
-"""TransDiff: an AR Transformer writes semantic features c, a diffusion Transformer (DiT) decodes c into an image.
+"""TransDiff: an AR Transformer writes semantic features c, a diffusion Transformer (DiT) decodes
+c into an image.
 
-Read from top to bottom beside "Marrying Autoregressive Transformer and Diffusion with Multi-Reference Autoregression":
+Read from top to bottom beside "Marrying Autoregressive Transformer and Diffusion with
+Multi-Reference Autoregression":
 
-    Config, SIZES               Appendix B (SAMPLING: the settings of the release)
+    Config, SIZES               Appendix B
     attention_masks             Section 3.2, Figure 3 (d) and (e)
     ARTransformer               Eq. 6, 9, 11
     DiT                         Eq. 3 (the velocity psi) and Eq. 7 (the diffusion decoder)
     euler_maruyama              Appendix C, Eq. 16-18
     TransDiff.encode, loss      Eq. 4, 5, 8, 10, 12
     TransDiff.decode, sample    Eq. 7, Algorithms 1 and 2
-    load_checkpoint             our files and the released ones
+    checkpoints                 our files and the released ones
+    running it                  devices, seeds, files and errors: nothing about the method
 
-One idea unifies 1-step AR and MRAR: a chain of `refs` images of one class shares a condition c of `cond_tokens` tokens,
-cond_tokens / refs for each image. refs = 1 is 1-step AR ("0 references" in the paper), refs = 4 is the paper's MRAR.
+One idea unifies 1-step AR and MRAR: a chain of `refs` images of one class shares a condition c of
+`cond_tokens` tokens, cond_tokens / refs for each image. refs = 1 is 1-step AR ("0 references" in
+the paper), refs = 4 is the paper's MRAR.
 """
 
 import argparse
 import contextlib
 import functools
+import hashlib
+import json
 import math
+import os
+import signal
+import sys
+import time
+import unicodedata
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+# Waiting OpenMP threads spin. With two programs on the same cores, each waits for threads that the
+# other keeps off the cores. This bounds the spinning; it has to be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -36,21 +53,22 @@ class Config:
     ar_depth: int = 24  # blocks of the AR Transformer
     dit_depth: int = 12  # blocks of the DiT decoder
     num_classes: int = 1000
-    refs: int = 1  # images in a chain, refs - 1 of them references: 1 (1-step AR), 4 (MRAR), 16 or 64 (our guess)
-    cond_tokens: int = 256  # length of c over the whole chain; 256 also at 512 px, where Eq. 9 has h w = 1,024
+    refs: int = 1  # images in a chain: 1 (1-step AR), 4 (MRAR), 16 or 64
+    cond_tokens: int = 256  # length of c over the whole chain; 256 at 512 px too (Eq. 9: h w)
     class_tokens: int = 64  # copies of the class embedding at the start of the input
     latent_channels: int = 16
     latent_size: int = 16  # side of the square latent: 16 at 256 px, 32 at 512 px
     dropout: float = 0.1  # of attention weights, output projections and both MLP layers
-    label_drop_prob: float = 0.1  # probability of training a chain with the null class, for guidance
+    label_drop_prob: float = 0.1  # probability of training a chain with the null class
 
     def __post_init__(self):
-        if self.refs not in (1, 4, 16, 64) or self.width % self.heads:
-            raise ValueError(f"refs {self.refs} must be 1, 4, 16 or 64; heads {self.heads} must divide {self.width}")
+        if self.refs not in (1, 4, 16, 64):
+            raise UserError(f"refs {self.refs}: must be 1, 4, 16 or 64")
         side = math.isqrt(self.tokens_per_image)
-        if self.refs > 1 and (self.refs * side**2 != self.cond_tokens or self.latent_size % side):
-            raise ValueError(
-                f"refs {self.refs}: not with cond_tokens {self.cond_tokens}, latent_size {self.latent_size}"
+        if self.refs > 1 and (side**2 != self.tokens_per_image or self.latent_size % side):
+            raise UserError(
+                f"refs {self.refs}: each image has {self.tokens_per_image} tokens, so the side of "
+                f"the latents has to be a multiple of {side}; it is {self.latent_size}"
             )
 
     @property
@@ -58,7 +76,8 @@ class Config:
         return self.cond_tokens // self.refs
 
     @property
-    def patch(self):  # references enter in patches of patch x patch: the paper's f (2 for refs = 4; 4 at 512 px)
+    def patch(self):
+        """Side of the patches that references enter in: the paper's f, 2 for refs = 4."""
         return self.latent_size // math.isqrt(self.tokens_per_image)
 
     @property
@@ -66,47 +85,44 @@ class Config:
         return self.latent_channels, self.latent_size, self.latent_size
 
 
-SIZES = {  # Appendix B: width, heads, AR blocks, DiT blocks; XS is ours, for the bundled 32 px images
-    "XS": Config(160, 5, 3, 4, 10, cond_tokens=64, class_tokens=16, latent_channels=8, latent_size=8, dropout=0.0),
-    "B": Config(768, 12, 24, 12),
-    "L": Config(1024, 16, 32, 16),
-    "H": Config(1280, 16, 40, 20),
+SIZES = {
+    # Ours, for the bundled images of 32 px.
+    "XS": Config(
+        width=160,
+        heads=5,
+        ar_depth=3,
+        dit_depth=4,
+        num_classes=10,
+        cond_tokens=64,
+        class_tokens=16,
+        latent_channels=8,
+        latent_size=8,
+        dropout=0.0,
+    ),
+    # Appendix B.
+    "B": Config(width=768, heads=12, ar_depth=24, dit_depth=12),
+    "L": Config(width=1024, heads=16, ar_depth=32, dit_depth=16),
+    "H": Config(width=1280, heads=16, ar_depth=40, dit_depth=20),
 }
-
-SAMPLING = {  # the release's settings of each model, ours for XS; -mrar: refs > 1, where they differ
-    "XS": dict(steps=8, cfg=2.25, cfg_below=0.65, null_refs=False, sampler="adams-bashforth"),
-    "B": dict(steps=100, cfg=1.30, s1=0.87, s2=0.91),
-    "L": dict(steps=100, cfg=1.30, s1=0.89, s2=0.95),
-    "H": dict(steps=100, cfg=1.23, s1=0.87, s2=0.93),
-    "L-512": dict(steps=100, cfg=1.30, s1=0.87, s2=0.87),
-    "other": dict(steps=25, cfg=2.0, s1=1.0, s2=1.0),
-    "L-mrar": dict(steps=100, cfg=1.30, s1=0.925, s2=0.95),
-    "H-mrar": dict(steps=100, cfg=1.28, s1=0.87, s2=0.91),
-}
-
-
-def sampling_settings(config):
-    """SAMPLING of the published model of this width."""
-    name = {160: "XS", 768: "B", 1024: "L", 1280: "H"}.get(config.width, "other")
-    variant = name + ("-mrar" if config.refs > 1 else "-512" if config.latent_size == 32 else "")
-    return SAMPLING.get(variant, SAMPLING[name])
 
 
 def attention_masks(config, device=None):
     """Attention masks of Figure 3, bool, True = may attend. Print them for Config(..., refs=4).
 
-    Returns ar [S, S] for the AR Transformer, S = class_tokens + cond_tokens, and cross [refs, cond_tokens] for the
-    decoder: row k allows c_0 ... c_k, from which image k is decoded.
+    Returns ar [S, S] for the AR Transformer, S = class_tokens + cond_tokens, and
+    cross [refs, cond_tokens] for the decoder: row k allows c_0 ... c_k, from which image k is
+    decoded.
     """
     images = torch.arange(config.refs, device=device)
-    image_of_token = images.repeat_interleave(config.tokens_per_image)  # the image that each token of c belongs to
+    image_of_token = images.repeat_interleave(config.tokens_per_image)  # of each token of c
     cross = images[:, None] >= image_of_token[None, :]
 
-    # The input is [class] [mask] [x_0] [x_1] ...: block -1, 0, 1, 2, ... The output of block k >= 0 is c_k.
+    # The input is [class] [mask] [x_0] [x_1] ...: block -1, 0, 1, 2, ...
+    # The output of block k >= 0 is c_k.
     block = torch.cat([images.new_full((config.class_tokens,), -1), image_of_token])
-    ar = block[:, None] >= block[None, :]  # Figure 3 (e): a token attends to its own block and every earlier one
+    ar = block[:, None] >= block[None, :]  # Figure 3 (e): its own block and every earlier one
     if config.refs == 1:
-        ar = torch.ones_like(ar)  # Figure 3 (d): bidirectional (the paper's zeros are added to the scores)
+        ar = torch.ones_like(ar)  # Figure 3 (d): bidirectional (zeros, added to the scores)
     return ar, cross
 
 
@@ -114,9 +130,17 @@ LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 def attention(q, k, v, heads, mask=None, dropout=0.0):
-    """softmax(q k^T / sqrt(d)) v: q [B, Q, D], k, v [B, K, D], mask bool [Q, K], True = may attend -> [B, Q, D]."""
+    """softmax(q k^T / sqrt(d)) v of each head.
+
+    q        [B, Q, D]
+    k, v     [B, K, D]
+    mask     bool [Q, K], True = may attend
+    dropout  probability that a weight is dropped
+    Returns [B, Q, D].
+    """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, d]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 512:  # here faster than the fused kernel
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512:
+        # On a CPU the fused kernel is 1.5 times slower than the formula, for bf16 and few keys.
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
@@ -129,25 +153,34 @@ def attention(q, k, v, heads, mask=None, dropout=0.0):
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout = config.heads, nn.Dropout(config.dropout)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        width = config.width
+        self.heads = config.heads
+        self.dropout = nn.Dropout(config.dropout)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x, mask=None):
         """x [B, N, D], mask bool [N, N] -> [B, N, D]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.dropout(self.proj(attention(q, k, v, self.heads, mask, self.dropout.p * self.training)))
+        dropout = self.dropout.p if self.training else 0.0
+        return self.dropout(self.proj(attention(q, k, v, self.heads, mask, dropout)))
 
 
 class CrossAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout = config.heads, nn.Dropout(config.dropout)
-        self.wq, self.wk, self.wv, self.proj = (nn.Linear(config.width, config.width) for _ in range(4))
+        width = config.width
+        self.heads = config.heads
+        self.dropout = nn.Dropout(config.dropout)
+        self.wq = nn.Linear(width, width)
+        self.wk = nn.Linear(width, width)  # wk, wv: used by DiT.keys_values
+        self.wv = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x, keys, values, mask=None):
         """x [B, Q, D] against keys, values [B, K, D]; mask bool [Q, K] -> [B, Q, D]."""
-        x = attention(self.wq(x), keys, values, self.heads, mask, self.dropout.p * self.training)
+        dropout = self.dropout.p if self.training else 0.0
+        x = attention(self.wq(x), keys, values, self.heads, mask, dropout)
         return self.dropout(self.proj(x))
 
 
@@ -159,7 +192,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x):
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        x = self.dropout(F.gelu(self.fc1(x)))
+        return self.dropout(self.fc2(x))
 
 
 class ARBlock(nn.Module):
@@ -167,12 +201,25 @@ class ARBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.attn = LayerNorm(config.width), SelfAttention(config)
-        self.norm2, self.mlp = LayerNorm(config.width), MLP(config)
+        self.norm1 = LayerNorm(config.width)
+        self.attn = SelfAttention(config)
+        self.norm2 = LayerNorm(config.width)
+        self.mlp = MLP(config)
 
     def forward(self, x, mask):
         x = x + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
+
+
+def patchify(latents, patch):
+    """Cut latents into patches, each in the order channel, row, column (p of Eq. 11).
+
+    latents  [B, k, C, H, W]
+    Returns [B, k (H / patch) (W / patch), C patch patch].
+    """
+    x = F.pixel_unshuffle(latents, patch).flatten(3)  # [B, k, C patch patch, tokens]
+    x = x.transpose(2, 3).flatten(1, 2)
+    return x.contiguous()  # k = 1 gives a view: without this its product rounds differently
 
 
 class ARTransformer(nn.Module):
@@ -181,125 +228,160 @@ class ARTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.class_embedding = nn.Embedding(config.num_classes, config.width)
-        self.null_class = nn.Parameter(torch.empty(1, config.width))  # replaces the class where guidance drops it
-        # The paper repeats one embedding m; the release, and we, learn one for each mask token of MRAR.
-        self.mask_tokens = nn.Parameter(torch.empty(1, config.tokens_per_image if config.refs > 1 else 1, config.width))
-        self.positions = nn.Parameter(torch.empty(1, config.class_tokens + config.cond_tokens, config.width))
+        width = config.width
+        self.class_embedding = nn.Embedding(config.num_classes, width)
+        self.null_class = nn.Parameter(torch.empty(1, width))  # for guidance: no class
+        # The paper repeats one embedding m. For MRAR the release, and we, learn several.
+        num_masks = 1 if config.refs == 1 else config.tokens_per_image
+        self.mask_tokens = nn.Parameter(torch.empty(1, num_masks, width))
+        length = config.class_tokens + config.cond_tokens
+        self.positions = nn.Parameter(torch.empty(1, length, width))
         if config.refs > 1:
-            self.reference_proj = nn.Linear(config.latent_channels * config.patch**2, config.width)
-        self.norm_in = LayerNorm(config.width)
+            self.reference_proj = nn.Linear(config.latent_channels * config.patch**2, width)
+        self.norm_in = LayerNorm(width)
         self.blocks = nn.ModuleList(ARBlock(config) for _ in range(config.ar_depth))
-        self.norm_out = LayerNorm(config.width)
+        self.norm_out = LayerNorm(width)
 
     def forward(self, labels, references=None):
-        """labels [B], num_classes = null; references [B, k, C, H, W], k < refs -> [B, (k + 1) tokens_per_image, D]."""
+        """Features before the second position embedding.
+
+        labels      int64 [B] in [0, num_classes]; num_classes is the null class
+        references  latents [B, k, C, H, W], k < refs; None: k = 0
+        Returns [B, (k + 1) tokens_per_image, D].
+        """
         config = self.config
-        embedding = F.embedding(labels, torch.cat([self.class_embedding.weight, self.null_class]))
-        class_tokens = embedding[:, None].expand(-1, config.class_tokens, -1)  # C of Eq. 9: one embedding, 64 times
+        embeddings = torch.cat([self.class_embedding.weight, self.null_class])
+        class_token = F.embedding(labels, embeddings)[:, None]
+        class_tokens = class_token.expand(-1, config.class_tokens, -1)  # C of Eq. 9
         mask_tokens = self.mask_tokens.expand(len(labels), config.tokens_per_image, -1)
         inputs = [class_tokens, mask_tokens]  # Eq. 9: [C, Mask]
         if references is not None and references.shape[1]:
-            inputs.append(self.reference_proj(self.patchify(references)))  # Eq. 11: [C, Mask, x_0, x_1, ...]
+            patches = patchify(references, config.patch)
+            inputs.append(self.reference_proj(patches))  # Eq. 11: [C, Mask, x_0, x_1, ...]
         x = torch.cat(inputs, dim=1)
         S = x.shape[1]
         x = self.norm_in(x + self.positions[:, :S])
-        # refs = 1 needs no mask, and the faster kernels apply
-        mask = attention_masks(config, x.device)[0][:S, :S] if config.refs > 1 else None
+
+        mask = None  # refs = 1 needs none, and the faster kernels apply
+        if config.refs > 1:
+            mask, _ = attention_masks(config, x.device)
+            mask = mask[:S, :S]
         for block in self.blocks:
             x = block(x, mask)
         return self.norm_out(x)[:, config.class_tokens :]
 
-    def patchify(self, references):
-        """[B, k, C, H, W] -> [B, k tokens_per_image, C p p], each patch in the order channel, row, column."""
-        x = F.pixel_unshuffle(references, self.config.patch).flatten(3)  # [B, k, C p p, tokens_per_image]
-        return x.transpose(2, 3).flatten(1, 2).contiguous()  # contiguous also for k = 1, a view: every k rounds alike
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
 
 
 class DiTBlock(nn.Module):
     """Self-attention and MLP modulated by the timestep, plain cross-attention to c between them.
 
-    B conditions, M noisy images for each (several draws of t, several images of a chain), N tokens an image:
-      x             [B M, N, D]
-      modulation    [B M, 6, D], or [1, 6, D] where all images have one t
-      keys, values  [B, K, D], of c [B, K, D]
-      mask          bool [M N, K]: the images of one condition share its keys, so their tokens are one query sequence
+    A condition c has M noisy images: several draws of t, several images of a chain. Self-attention
+    is within an image. Cross-attention joins the images of a condition to one query sequence, so
+    that they share its keys and values:
+
+        x        [B M, N, D]   | image 0 |  | image 1 |  ...  | image M-1 |     N tokens each
+        queries  [B, M N, D]   | image 0 | image 1 | ... | image M-1 |
+        keys     [B, K, D]     | c_0 | c_1 | ... |
     """
 
     def __init__(self, config):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.width))
-        self.norm1, self.attn1 = LayerNorm(config.width), SelfAttention(config)
-        self.norm2, self.attn2 = LayerNorm(config.width), CrossAttention(config)
-        self.norm3, self.mlp = LayerNorm(config.width), MLP(config)
+        self.norm1 = LayerNorm(config.width)
+        self.attn1 = SelfAttention(config)
+        self.norm2 = LayerNorm(config.width)
+        self.attn2 = CrossAttention(config)
+        self.norm3 = LayerNorm(config.width)
+        self.mlp = MLP(config)
 
     def forward(self, x, modulation, keys, values, mask):
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation)[:, :, None].unbind(1)
-        x = x + gate1 * self.attn1(self.norm1(x) * (1 + scale1) + shift1)
-        queries = self.norm2(x).reshape(len(keys), -1, x.shape[-1])  # [B, M N, D]
+        """x [B M, N, D], modulation [B M, 6, D] or [1, 6, D], mask bool [M N, K] -> like x."""
+        table = self.scale_shift_table + modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = table[:, :, None].unbind(1)
+        x = x + gate1 * self.attn1(modulate(self.norm1(x), shift1, scale1))
+        queries = self.norm2(x).reshape(len(keys), -1, x.shape[-1])
         x = x + self.attn2(queries, keys, values, mask).reshape(x.shape)
-        return x + gate2 * self.mlp(self.norm3(x) * (1 + scale2) + shift2)
+        return x + gate2 * self.mlp(modulate(self.norm3(x), shift2, scale2))
 
 
 def timestep_embedding(t, dim=256):
-    """t [B] in [0, 1] -> [B, dim]: cosines, then sines, of 1000 t at frequencies 10000^(-i / (dim / 2))."""
+    """t [B] in [0, 1] -> [B, dim]: cosines, then sines, of 1000 t 10000^(-i / (dim / 2))."""
     i = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
-    angles = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) * i / (dim // 2))
+    frequencies = torch.exp(-math.log(10000) * i / (dim // 2))
+    angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class DiT(nn.Module):
-    """The diffusion decoder: velocity of x_t given t and c. One token for each position of the latent."""
+    """The diffusion decoder: velocity of x_t given t and c. One token per latent position."""
 
     def __init__(self, config):
         super().__init__()
-        self.input_proj = nn.Linear(config.latent_channels, config.width)
-        self.positions = nn.Parameter(torch.empty(1, config.latent_size**2, config.width))
-        self.cond_proj = nn.Linear(config.width, config.width)
-        self.time_mlp = nn.Sequential(nn.Linear(256, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
-        self.modulation = nn.Linear(config.width, 6 * config.width)  # one for all blocks; each adds its own table
+        width = config.width
+        self.input_proj = nn.Linear(config.latent_channels, width)
+        self.positions = nn.Parameter(torch.empty(1, config.latent_size**2, width))
+        self.cond_proj = nn.Linear(width, width)
+        self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        # Unlike in the cited DiT, one modulation serves all blocks: each adds its own table.
+        self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.dit_depth))
-        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.width))
-        self.norm_out = LayerNorm(config.width, elementwise_affine=False)
-        self.output_proj = nn.Linear(config.width, config.latent_channels)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, width))
+        self.norm_out = LayerNorm(width, elementwise_affine=False)
+        self.output_proj = nn.Linear(width, config.latent_channels)
 
     def keys_values(self, c):
-        """c [B, K, D] -> (keys, values) of every block: computed once a condition, not once a step or a draw of t."""
+        """c [B, K, D] -> (keys, values) of every block: once per condition, not per step."""
         c = self.cond_proj(c)
         return [(block.attn2.wk(c), block.attn2.wv(c)) for block in self.blocks]
 
-    def forward(self, x, t, keys_values, mask=None):
-        """x [B M, C, H, W], t [B M] or [1] in [0, 1], keys_values of c, mask bool [M, K] -> velocity [B M, C, H, W]."""
-        shape, N = x.shape, x.shape[-1] * x.shape[-2]
-        temb = self.time_mlp(timestep_embedding(t))
-        modulation = self.modulation(F.silu(temb)).unflatten(-1, (6, -1))
-        if mask is not None:
-            mask = mask.repeat_interleave(N, dim=0)
-        x = self.input_proj(x.flatten(2).transpose(1, 2)) + self.positions
+    def forward(self, x, t, keys_values, cross_mask=None):
+        """Velocity of M noisy images per condition.
+
+        x            [B, M, C, H, W]
+        t            [B, M] in [0, 1], or [1, 1] where all images have one t
+        keys_values  of c [B, K, D]
+        cross_mask   bool [refs, K], M a multiple of refs; None: every image attends to all of c
+        Returns [B, M, C, H, W].
+        """
+        temb = self.time_mlp(timestep_embedding(t.flatten()))  # [B M, D]
+        modulation = self.modulation(F.silu(temb)).unflatten(1, (6, -1))
+        tokens = x.flatten(0, 1).flatten(2).transpose(1, 2)  # [B M, N, C]
+        h = self.input_proj(tokens) + self.positions  # [B M, N, D]
+        mask = None
+        if cross_mask is not None:
+            queries_per_row = x.shape[1] * h.shape[1] // len(cross_mask)
+            mask = cross_mask.repeat_interleave(queries_per_row, dim=0)  # [M N, K]
         for block, (keys, values) in zip(self.blocks, keys_values):
-            x = block(x, modulation, keys, values, mask)
-        shift, scale = (self.scale_shift_table + temb[:, None])[:, :, None].unbind(1)
-        x = self.output_proj(self.norm_out(x) * (1 + scale) + shift)
-        return x.transpose(1, 2).reshape(shape)
+            h = block(h, modulation, keys, values, mask)
+        table = self.scale_shift_table + temb[:, None]
+        shift, scale = table[:, :, None].unbind(1)
+        v = self.output_proj(modulate(self.norm_out(h), shift, scale))
+        return v.transpose(1, 2).reshape(x.shape)
 
 
 def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
-    """Integrate the reverse SDE (Eq. 16) from noise at t = 1 to an image at t = 0, with the scaling factors of Eq. 18.
+    """Integrate the reverse SDE (Eq. 16) from t = 1 to t = 0, with the scaling factors of Eq. 18.
 
-    With diffusion w(t) = 2 t, score s = -(x + (1 - t) v) / t and drift d = v - w s / 2 (by Eq. 4 and 5, x + (1 - t) v
-    estimates eps, and the score of x_t given the image is -eps / t):
+    With diffusion w(t) = 2 t, score s = -(x + (1 - t) v) / t and drift d = v - w s / 2 (by Eq. 4
+    and 5, x + (1 - t) v estimates eps, and the score of x_t given the image is -eps / t):
         x <- x + s1 d dt + s2 sqrt(w |dt|) n    for t on linspace(1, 0.04, steps), dt < 0
-    w is sigma^2 of Eq. 16, so its noise is sqrt(w) dW, as in the release; Eq. 17 and 18 write sqrt(sigma) instead.
-    The last step, from t = 0.04 to 0, has neither s1 nor noise: as in the release, not in the paper.
+    w is sigma^2 of Eq. 16, so its noise is sqrt(w) dW, as in the release; Eq. 17 and 18 write
+    sqrt(sigma) instead. The last step, from t = 0.04 to 0, has neither s1 nor noise: as in the
+    release, not in the paper.
 
     velocity       velocity(x, t) -> like x, t a float in [0, 1]; called `steps` times
     x              standard normal, any shape
-    noise_sampler  noise_sampler(x) -> standard normal like x; called `steps` - 1 times (default: torch.randn_like)
+    noise_sampler  noise_sampler(x) -> standard normal like x; called `steps` - 1 times
+                   (default: torch.randn_like)
     """
     noise_sampler = noise_sampler or torch.randn_like
     times = torch.linspace(1.0, 0.04, steps, dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:] + [0.0]):
-        dt, w = t_next - t, 2 * t
+        dt = t_next - t
+        w = 2 * t
         v = velocity(x, t)
         score = -(x + (1 - t) * v) / t
         drift = v - 0.5 * w * score
@@ -309,30 +391,38 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
 
 
 def adams_bashforth(velocity, x, steps=25):
-    """Integrate the flow dx/dt = v (Eq. 3) without noise: second order, one evaluation a step; ours, for few steps."""
+    """Integrate the flow dx/dt = v (Eq. 3) without noise, to second order; ours, for few steps."""
     v_last = None
     for i in range(steps):
         v = velocity(x, 1 - i / steps)
-        x = x - (v if v_last is None else 1.5 * v - 0.5 * v_last) / steps
+        v_mean = v if v_last is None else 1.5 * v - 0.5 * v_last
+        x = x - v_mean / steps
         v_last = v
     return x
 
 
-def t_from_normal(normal, distribution="logit-normal"):
-    """Standard normal draws -> t in [0, 1]: "logit-normal" as the release, or "uniform" (Eq. 5), by the normal CDF."""
-    return normal.sigmoid() if distribution == "logit-normal" else torch.special.ndtr(normal)
+def draw_t(shape, distribution="logit-normal", device=None):
+    """Times in (0, 1): "logit-normal" as in the release, or "uniform" (Eq. 5)."""
+    if distribution == "uniform":
+        return torch.rand(shape, device=device)
+    return torch.randn(shape, device=device).sigmoid()
 
 
 class TransDiff(nn.Module):
-    """AR Transformer + DiT, trained jointly (Section 3.1). `refs` in the config makes it 1-step AR or MRAR.
+    """AR Transformer + DiT, trained jointly (Section 3.1). config.refs: 1-step AR or MRAR.
 
-    As in the release: one modulation for all blocks and gates not zero at the start (unlike the cited DiT), a
-    block-causal mask (the paper writes "causal"), and c of `width` numbers a token (the paper: d f f).
+    As in the release: gates that do not start at zero (unlike the cited DiT), a block-causal mask
+    (the paper writes "causal"), and c of `width` numbers per token (the paper: d f f).
+
+    sampling  settings of `sample` that fit these weights; checkpoints carry them
+    info      of a checkpoint: step, classes (names), vae_digest ...
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.sampling = default_sampling(config)
+        self.info = {}
         self.ar = ARTransformer(config)
         self.cond_positions = nn.Parameter(torch.empty(1, config.cond_tokens, config.width))
         self.decoder = DiT(config)
@@ -340,6 +430,7 @@ class TransDiff(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
+        embeddings = ("positions", "mask_tokens", "null_class", "class_embedding.weight")
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -347,7 +438,7 @@ class TransDiff(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("scale_shift_table"):
                 p.normal_(std=self.config.width**-0.5)
-            elif name.endswith(("positions", "mask_tokens", "null_class", "class_embedding.weight")):
+            elif name.endswith(embeddings):
                 p.normal_(std=0.02)
         nn.init.zeros_(self.decoder.output_proj.weight)
 
@@ -358,114 +449,176 @@ class TransDiff(nn.Module):
         references  latents [B, k, C, H, W] of images 0 ... k - 1, k < refs; None: k = 0
         Returns c [B, (k + 1) cond_tokens / refs, width], that is c_0 ... c_k.
         """
-        if references is not None and references.shape[1] >= self.config.refs:
-            raise ValueError(f"{references.shape[1]} references: the model takes at most {self.config.refs - 1}")
         features = self.ar(labels, references)
         return features + self.cond_positions[:, : features.shape[1]]
 
     def velocity(self, x, t, c):
-        """psi of Eq. 3: x_t [B, C, H, W], t [B] in [0, 1] (1 = noise), c [B, K, width] -> velocity [B, C, H, W]."""
-        return self.decoder(x, t, self.decoder.keys_values(c))
+        """psi of Eq. 3.
 
-    def loss(self, latents, labels, t=None, noise=None, batch_mul=1, drop=None):
-        """Rectified-flow loss (Eq. 8): mean over every image of the chain and `batch_mul` draws of (t, noise) for each.
+        x    x_t [B, C, H, W]
+        t    [B] in [0, 1], 1 = noise
+        c    [B, K, width]
+        Returns the velocity [B, C, H, W].
+        """
+        keys_values = self.decoder.keys_values(c)
+        return self.decoder(x[:, None], t[:, None], keys_values)[:, 0]
+
+    def drop_labels(self, labels):
+        """Replace each label by the null class with probability label_drop_prob."""
+        drop = torch.rand(len(labels), device=labels.device) < self.config.label_drop_prob
+        return torch.where(drop, self.config.num_classes, labels)
+
+    def loss(self, latents, labels, t=None, noise=None, batch_mul=1, t_distribution="logit-normal"):
+        """Rectified-flow loss (Eq. 8): mean over the images of the chains and `batch_mul` draws of
+        (t, noise) for each.
 
         latents  [B, refs, C, H, W]: chains of real images of one class, scaled to unit variance
-        labels   int64 [B]
-        t        [B, M] in [0, 1], M = refs batch_mul, the draws of image 0 first; None: logit-normal
+        labels   int64 [B]; in training some become the null class, for guidance
+        t        [B, M] in [0, 1], M = refs batch_mul, the draws of image 0 first; None: drawn
         noise    [B, M, C, H, W]; None: standard normal
-        drop     bool [B]: chains that get the null class; None: label_drop_prob of them in training, none in eval mode
         """
-        config, (B, R) = self.config, latents.shape[:2]
-        x = latents.repeat_interleave(batch_mul, dim=1)  # [B, M, C, H, W]
-        t = t_from_normal(torch.randn(x.shape[:2], device=x.device)) if t is None else t
-        eps = torch.randn_like(x) if noise is None else noise
-        if drop is None and self.training:
-            drop = torch.rand(B, device=x.device) < config.label_drop_prob
-        if drop is not None:
-            labels = torch.where(drop, config.num_classes, labels)
+        config = self.config
+        if self.training:
+            labels = self.drop_labels(labels)
+        if config.refs == 1 and config.dropout == 0 and len(labels) > config.num_classes:
+            # The c of 1-step AR is a function of the class alone: encode each class once.
+            classes = torch.arange(config.num_classes + 1, device=labels.device)
+            c = self.encode(classes)[labels]
+        else:
+            c = self.encode(labels, references=latents[:, :-1])  # teacher forcing: real images
 
-        keys_values = self.encode_keys_values(labels, latents[:, :-1])  # teacher forcing: real images as references
-        mask = attention_masks(config, x.device)[1].repeat_interleave(batch_mul, dim=0) if R > 1 else None
+        x = latents.repeat_interleave(batch_mul, dim=1)  # [B, M, C, H, W]
+        t = draw_t(x.shape[:2], t_distribution, x.device) if t is None else t
+        eps = torch.randn_like(x) if noise is None else noise
         t_ = t[..., None, None, None]
         x_t = (1 - t_) * x + t_ * eps  # Eq. 4
-        v = self.decoder(x_t.flatten(0, 1), t.flatten(), keys_values, mask).view_as(x)
+
+        cross_mask = None
+        if config.refs > 1:
+            _, cross_mask = attention_masks(config, x.device)  # image k attends to c_0 ... c_k
+        v = self.decoder(x_t, t, self.decoder.keys_values(c), cross_mask)
         return (v.float() - (eps - x)).square().mean()  # Eq. 5
 
     forward = loss  # DistributedDataParallel wraps forward
 
-    def encode_keys_values(self, labels, references):
-        """Keys and values of c; without dropout (XS) a large 1-step batch encodes each class once."""
-        classes = torch.arange(self.config.num_classes + 1, device=labels.device)
-        if references.shape[1] or self.config.dropout or len(labels) < len(classes):
-            return self.decoder.keys_values(self.encode(labels, references))
-        keys_values = self.decoder.keys_values(self.encode(classes))
-        return [(k.index_select(0, labels), v.index_select(0, labels)) for k, v in keys_values]
-
     @torch.no_grad()
-    def decode(self, c, noise, c_null=None, cfg=1.0, cfg_below=1.0, steps=100, sampler="euler-maruyama", **settings):
+    def decode(
+        self,
+        c,
+        noise,
+        c_null=None,
+        cfg=1.0,
+        cfg_below=1.0,
+        sampler="euler-maruyama",
+        steps=100,
+        s1=1.0,
+        s2=1.0,
+        noise_sampler=None,
+        on_step=None,
+    ):
         """Diff(c, eps) of Eq. 7: one image for each condition.
 
-        c          [B, K, width], K up to cond_tokens
-        noise      [B, C, H, W], standard normal
-        c_null     [B, K', width]: condition of the null class, for guidance (default: none, half the work)
-        cfg        guidance scale at t <= cfg_below (Kynkaanniemi et al. 2024); the release guides at every t
-        sampler    "euler-maruyama", the paper's, or "adams-bashforth", which has no noise
-        settings   of euler_maruyama: s1, s2, noise_sampler
+        c              [B, K, width], K up to cond_tokens
+        noise          [B, C, H, W], standard normal
+        c_null         [B, K', width], condition of the null class (default: no guidance)
+        cfg            guidance scale at t <= cfg_below; the release guides at every t
+                       (guidance in an interval: Kynkaanniemi et al. 2024)
+        sampler        "euler-maruyama", the paper's, or "adams-bashforth", without noise
+        s1, s2         of euler_maruyama
+        noise_sampler  of euler_maruyama
+        on_step        called once per step of the sampler
         Returns latents [B, C, H, W].
         """
-        if sampler not in ("euler-maruyama", "adams-bashforth") or steps < 1:
-            raise ValueError(f"sampler {sampler}, steps {steps}: expected a sampler named above and 1 step or more")
         keys_values = self.decoder.keys_values(c)
         null_keys_values = None if c_null is None else self.decoder.keys_values(c_null)
 
         def velocity(x, t):
-            t_tensor = torch.full((1,), t, device=x.device)
-            v = self.decoder(x, t_tensor, keys_values).float()
+            if on_step:
+                on_step()
+            x = x[:, None]
+            t_ = torch.full((1, 1), t, device=x.device)
+            v = self.decoder(x, t_, keys_values)[:, 0].float()
             if c_null is None or t > cfg_below:
                 return v
-            v_null = self.decoder(x, t_tensor, null_keys_values).float()
-            return v_null + cfg * (v - v_null)  # the drift is affine in v, so mixing velocities is mixing drifts
+            v_null = self.decoder(x, t_, null_keys_values)[:, 0].float()
+            return v_null + cfg * (v - v_null)  # the drift is affine in v: this mixes drifts
 
         if sampler == "adams-bashforth":
             return adams_bashforth(velocity, noise, steps)
-        return euler_maruyama(velocity, noise, steps, **settings)
+        if sampler != "euler-maruyama":
+            raise UserError(f"sampler {sampler}: must be euler-maruyama or adams-bashforth")
+        return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
 
     @torch.no_grad()
-    def sample(self, labels, refs=None, noise=None, noise_sampler=None, references=None, **settings):
-        """Algorithms 1 and 2: draw a chain image by image -> latents [B, refs, C, H, W]; the last image is the result.
+    def sample(
+        self,
+        labels,
+        refs=None,
+        noise=None,
+        noise_sampler=None,
+        references=None,
+        on_step=None,
+        **settings,
+    ):
+        """Algorithms 1 and 2: draw a chain image by image; the last image is the result.
 
-        What is fed back is the image's latent (Eq. 11), as in the release; Algorithm 2 says c_k.
+        Fed back is the latent of the image (Eq. 11), as in the release; Algorithm 2 says c_k.
 
-        labels         int64 [B]
-        refs           length of the chain, at most config.refs (default: all)
-        noise          [B, C, H, W], standard normal: every image of a chain starts from it, as in the release
-        noise_sampler  as for euler_maruyama
-        references     latents [B, k, C, H, W], k < refs: the first images of the chain (default: none, all are drawn)
-        settings       steps, cfg (a number, or one for each image), cfg_below, sampler, s1, s2, as for decode;
-                       null_refs: give the null class the references too, as the release does (defaults: SAMPLING)
+        labels         int64 [B] in [0, num_classes)
+        refs           length of the chain, at most config.refs (default: config.refs)
+        noise          [B, C, H, W], standard normal: every image of a chain starts from it, as in
+                       the release
+        noise_sampler  as for euler_maruyama; also draws `noise` where that is not given
+        references     latents [B, k, C, H, W], k < refs: the first images of the chains
+        settings       steps, cfg (a number, or a list: one for each image), cfg_below, sampler, s1, s2, as
+                       for decode; null_refs: the null class sees the references too, as in the
+                       release. None: as in self.sampling
+        Returns the chain [B, refs, C, H, W].
         """
-        config, noise_sampler = self.config, noise_sampler or torch.randn_like
+        config = self.config
         refs = refs or config.refs
-        settings = sampling_settings(config) | {k: v for k, v in settings.items() if v is not None}
-        cfg, null_refs = settings.pop("cfg"), settings.pop("null_refs", True)
-        cfg = cfg if isinstance(cfg, (list, tuple)) else [cfg] * refs
-        if not 1 <= refs <= config.refs or len(cfg) < refs:
-            expected = f"chains of 1 to {config.refs}, and takes a cfg for each image"
-            raise ValueError(f"refs {refs}, cfg {cfg}: the model draws {expected}")
-        if noise is None:
-            noise = noise_sampler(torch.empty(len(labels), *config.latent_shape, device=labels.device))
+        settings = self.merge_settings(settings)
+        cfg = settings.pop("cfg")
+        cfg = cfg if isinstance(cfg, list) else [cfg] * refs
+        null_refs = settings.pop("null_refs")
         null = torch.full_like(labels, config.num_classes)
-        chain = noise[:, None][:, :0] if references is None else references  # no images yet: [B, 0, C, H, W]
+        if not 1 <= refs <= min(config.refs, len(cfg)):
+            raise UserError(
+                f"refs {refs}, cfg {cfg}: this model draws chains of 1 to {config.refs} images and "
+                "takes one cfg, or one for each"
+            )
+        if not labels.is_meta and not 0 <= labels.min() <= labels.max() < null[0]:
+            raise UserError(f"labels {labels.tolist()}: must be 0 to {config.num_classes - 1}")
+        noise_sampler = noise_sampler or torch.randn_like
+        if noise is None:
+            empty = torch.empty(len(labels), *config.latent_shape, device=labels.device)
+            noise = noise_sampler(empty)
+
+        chain = noise[:, None][:, :0] if references is None else references
         for k in range(chain.shape[1], refs):
             c = self.encode(labels, chain)
-            c_null = self.encode(null, chain if null_refs else None) if cfg[k] != 1 else None
-            x = self.decode(c, noise, c_null, cfg[k], noise_sampler=noise_sampler, **settings)
+            c_null = None
+            if cfg[k] != 1:
+                c_null = self.encode(null, chain if null_refs else None)
+            x = self.decode(
+                c, noise, c_null, cfg[k], noise_sampler=noise_sampler, on_step=on_step, **settings
+            )
             chain = torch.cat([chain, x[:, None]], dim=1)
         return chain
 
+    def merge_settings(self, given):
+        """self.sampling, replaced by the given settings that are not None."""
+        given = {k: v for k, v in given.items() if v is not None}
+        merged = {**self.sampling, **given}
+        if merged["sampler"] == "adams-bashforth" and {"s1", "s2"} & set(given):
+            raise UserError(
+                "s1, s2: adams-bashforth has no noise to scale; set the sampler to euler-maruyama "
+                "and the steps to 25 or more"
+            )
+        return merged
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+
+# -------------------------------------------------------------------------------- checkpoints
 
 RELEASED_NAMES = (  # prefixes of the released files' names -> ours; the first match wins
     ("fake_latent", "ar.null_class"),
@@ -488,45 +641,65 @@ RELEASED_NAMES = (  # prefixes of the released files' names -> ours; the first m
     ("diffdecoder.net.", "decoder."),
 )
 
-
-@contextlib.contextmanager
-def readable(path, kind):
-    """Turn whatever a damaged or foreign file raises in the body into a ValueError of one line that names the file."""
-    try:
-        yield
-    except Exception as e:
-        if isinstance(e, OSError) and e.filename:  # no such file, no permission: the error names the file itself
-            raise
-        reason = printable(" ".join(str(e).split()).split(". ")[0][:200]) or type(e).__name__
-        raise ValueError(f"{path}: not a readable {kind} ({reason})") from None
+PUBLISHED = {  # the release's settings: (width, refs, latent_size) -> cfg, s1, s2
+    (768, 1, 16): (1.30, 0.87, 0.91),
+    (768, 4, 16): (1.30, 0.87, 0.91),
+    (1024, 1, 16): (1.30, 0.89, 0.95),
+    (1024, 4, 16): (1.30, 0.925, 0.95),
+    (1024, 1, 32): (1.30, 0.87, 0.87),
+    (1280, 1, 16): (1.23, 0.87, 0.93),
+    (1280, 4, 16): (1.28, 0.87, 0.91),
+}
 
 
-def printable(text):
-    """`text` with line breaks, terminal escapes and bytes that are not UTF-8 escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def default_sampling(config):
+    """Settings of `sample` of a new model or a released one."""
+    shape = (config.width, config.refs, config.latent_size)
+    cfg, s1, s2 = PUBLISHED.get(shape, (1.30, 0.87, 0.91))
+    settings = dict(steps=100, cfg=cfg, cfg_below=1.0, null_refs=True, s1=s1, s2=s2)
+    return dict(settings, sampler="euler-maruyama")
 
 
 def load_file(path):
-    """Contents of a checkpoint on the CPU, memory-mapped; weights only, so no code in it is run."""
-    with readable(path, "checkpoint"):
+    """Contents of a checkpoint on the CPU, memory-mapped; weights only: no code in it is run."""
+    with user_file(path, "checkpoint"):
         zipped = zipfile.is_zipfile(path)
-        if zipped and zipfile.ZipFile(path).testzip():  # torch.load does not compare the checksums
+        # torch.load does not compare the checksums.
+        if zipped and RANK == 0 and zipfile.ZipFile(path).testzip():
             raise ValueError("damaged: a checksum is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the released files hold one
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in the released files
+            ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if not isinstance(ckpt, dict):
+            raise ValueError(f"it holds a {type(ckpt).__name__}, not a dict of weights")
+        return ckpt
+
+
+def read_weights(ckpt, *names):
+    """Float32 weights of a loaded checkpoint, from the first of these entries that it has.
+
+    Prefixes of DDP and torch.compile are taken off. A file of bare weights has no such entry.
+    """
+    weights = next((ckpt[name] for name in names if ckpt.get(name)), ckpt)
+    weights = {k.removeprefix("module."): v.float() for k, v in weights.items()}
+    return {k.replace("_orig_mod.", ""): v for k, v in weights.items()}
 
 
 def config_from_shapes(state):
-    """Config of a state dict under our names. Heads are in no shape: 16 at width 1280, else width / 64."""
-    width, mask_tokens = state["ar.null_class"].shape[1], state["ar.mask_tokens"].shape[1]
+    """Config of weights under our names. Heads are in no shape: 16 at width 1280, else width / 64."""
+
+    def depth(prefix):
+        return 1 + max(int(k.split(".")[2]) for k in state if k.startswith(prefix))
+
+    width = state["ar.null_class"].shape[1]
+    num_masks = state["ar.mask_tokens"].shape[1]
     cond_tokens = state["cond_positions"].shape[1]
     return Config(
         width=width,
         heads=16 if width == 1280 else width // 64,
-        ar_depth=1 + max(int(k.split(".")[2]) for k in state if k.startswith("ar.blocks.")),
-        dit_depth=1 + max(int(k.split(".")[2]) for k in state if k.startswith("decoder.blocks.")),
+        ar_depth=depth("ar.blocks."),
+        dit_depth=depth("decoder.blocks."),
         num_classes=len(state["ar.class_embedding.weight"]),
-        refs=1 if mask_tokens == 1 else cond_tokens // mask_tokens,
+        refs=1 if num_masks == 1 else cond_tokens // num_masks,
         cond_tokens=cond_tokens,
         class_tokens=state["ar.positions"].shape[1] - cond_tokens,
         latent_channels=state["decoder.input_proj.weight"].shape[1],
@@ -534,35 +707,286 @@ def config_from_shapes(state):
     )
 
 
+def checkpoint_path(path, name="ema.pt"):
+    """The file that `path` names; of a run's folder its ema.pt."""
+    return Path(path, name) if Path(path).is_dir() else Path(path)
+
+
 def load_state(path, ema=True):
-    """(config, float32 state dict under our names, the file's other entries) of a checkpoint, ours or the release's."""
+    """(config, float32 weights under our names, the other entries) of a model's checkpoint."""
     ckpt = load_file(path)
-    with readable(path, "TransDiff model"):
-        state = ckpt["model_ema" if ema and ckpt.get("model_ema") else "model"]
+    has = shorten(list(ckpt))
+    with user_file(path, f"TransDiff model, it has {has}"):
+        state = read_weights(ckpt, "model_ema" if ema else "model", "model")
         for theirs, ours in RELEASED_NAMES:
-            state = {ours + k.removeprefix(theirs) if k.startswith(theirs) else k: v for k, v in state.items()}
-        state = {k: v.float() for k, v in state.items()}
-        if "config" in ckpt:
-            config = Config(**ckpt["config"])
-        else:
-            config = config_from_shapes(state)
-            if config.refs == 1:  # the released 1-step files hold a projection that 1-step AR never uses
-                state = {k: v for k, v in state.items() if not k.startswith("ar.reference_proj.")}
-        info = {k: ckpt[k] for k in ("step", "classes", "vae_digest") if k in ckpt}
-    return config, state, info
+            for name in [k for k in state if k.startswith(theirs)]:
+                state[ours + name.removeprefix(theirs)] = state.pop(name)
+        config = Config(**ckpt["config"]) if "config" in ckpt else config_from_shapes(state)
+    if config.refs == 1:  # the released 1-step files hold a projection that 1-step AR never uses
+        state = {k: v for k, v in state.items() if not k.startswith("ar.reference_proj.")}
+    return config, state, ckpt
 
 
 def load_checkpoint(path, device="cpu", ema=True):
-    """TransDiff of a checkpoint, ours (last.pt, ema.pt) or the release's: float32, eval mode, gradients off.
+    """TransDiff of a checkpoint, ours or the release's: float32, eval mode, gradients off.
 
+    path  a file, or the folder of a run
     ema   take the EMA weights where the file has both
-    model.info has step, classes (names) and vae_digest of our files. Raises ValueError if the file is not a
-    TransDiff model, OSError if it cannot be opened.
+    Raises UserError (a ValueError) if the file is not a TransDiff model, OSError if it cannot be
+    opened.
     """
-    config, state, info = load_state(path, ema)
-    with readable(path, "TransDiff model"):
-        with torch.device("meta"):
-            model = TransDiff(config)
-        model.load_state_dict(state, strict=True, assign=True)
-    model.info = info
+    path = checkpoint_path(path)
+    config, state, ckpt = load_state(path, ema)
+    with torch.device("meta"):
+        model = TransDiff(config)
+    with user_file(path, "TransDiff model"):
+        model.load_state_dict(state, assign=True)
+    model.info = {k: v for k, v in ckpt.items() if k in ("step", "classes", "vae_digest", "empty")}
+    model.sampling.update(ckpt.get("sampling", {}))
     return model.to(device).eval().requires_grad_(False)
+
+
+# -------------------------------------------------------------------------------- running it
+# Nothing below is about the method: errors, files, processes, devices and seeds of all scripts.
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_MODEL = DEMO / "mrar.pt"
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+class UserError(ValueError):
+    """A mistake in the input. The message is one line: the file or flag, and the remedy."""
+
+
+@contextlib.contextmanager
+def user_file(path, kind):
+    """Turn what a library raises while it reads a user's file into a UserError that names it."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, OSError) and e.filename:  # no such file, no permission
+            raise
+        lines = str(e).splitlines() or [type(e).__name__]
+        raise UserError(f"{path}: not a readable {kind} ({lines[0][:200]})") from e
+
+
+def run_main(main):
+    """Run main(). A user's mistake becomes one line on stderr and exit status 2."""
+    # An exit, unlike a kill, ends the processes that read data too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    status = 2
+    try:
+        return main()
+    except KeyboardInterrupt:
+        line = "interrupted; the same command continues (training: with --resume)"
+        status = 130
+    except (UserError, OSError) as e:
+        line = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+        # A process that reads data puts its traceback before the message.
+        line = line.splitlines()[-1].removeprefix("model.UserError: ")
+    except (torch.OutOfMemoryError, MemoryError):
+        line = "out of memory; lower --batch-size, or in training raise --accumulate"
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        line = "a process that reads data died (out of memory?); lower --workers"
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def atomic_write(path, write):
+    """Call write(file) on a new file that replaces `path` only once it is complete."""
+    path = Path(path)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        tmp.replace(path)
+    except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise OSError(f"{path}: could not be written ({reason})") from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path, data):
+    atomic_write(path, lambda f: f.write(json.dumps(data, indent=1).encode()))
+
+
+LOCKS = []  # open files: closing one would give up its lock
+
+
+def lock(folder):
+    """Refuse to write to a folder that another command writes to. The lock ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    LOCKS.append(open(folder / "lock", "w"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another command is writing to it; give another --out") from None
+
+
+def wait_for(paths):
+    """Wait until other processes have written these files."""
+    while not all(path.exists() for path in paths):
+        time.sleep(0.2)
+
+
+def start_parts(folder, settings):
+    """Open a result that is made in parts; an unfinished one of other settings is refused."""
+    path = folder / "settings.json"
+    if RANK == 0:
+        lock(folder)
+        if not path.exists():
+            write_json(path, settings)
+    wait_for([path])
+    if json.loads(path.read_text()) != json.loads(json.dumps(settings)):
+        raise UserError(
+            f"{folder}: unfinished, of other inputs or settings; finish it with those, or remove it"
+        )
+
+
+def part_paths(folder, count):
+    return [folder / f"{i:05d}.npy" for i in range(count)]
+
+
+def missing_parts(paths):
+    """Numbers of the parts that this process makes: every WORLD-th one that is not there yet."""
+    return [i for i in range(RANK, len(paths), WORLD) if not paths[i].exists()]
+
+
+def fetch(url, path):
+    """Download `url` to `path`, unless it is there; rank 0 of each machine does."""
+    if LOCAL_RANK > 0:
+        wait_for([path])
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, path)
+        except Exception as e:  # of the network, or of the disk
+            raise OSError(f"could not fetch {url} ({e}); put the file at {path}") from e
+    return path
+
+
+def fetch_released(name):
+    """Path of a file of the authors' repository, in torch's hub folder. HF_ENDPOINT: a mirror."""
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = f"{host}/zhendch/Transdiff/resolve/main/{name}/checkpoint-last.pth"
+    return fetch(url, Path(torch.hub.get_dir()) / "transdiff" / f"{name}.pth")
+
+
+def shorten(names, n=20):
+    more = " ..." if len(names) > n else ""
+    return ", ".join(map(str, names[:n])) + more
+
+
+def class_index(flag, word, model):
+    """Index of a class of the model, given as its name in any case, or as its index.
+
+    Names that are numbers are compared as numbers: of folders 01 ... 10, 1 is the first.
+    """
+
+    def fold(text):
+        return int(text) if text.isdecimal() else unicodedata.normalize("NFC", text).casefold()
+
+    indices = list(range(model.config.num_classes))
+    names = model.info.get("classes", indices)
+    keys = [fold(str(name)) for name in names]
+    index = None
+    if word in names:
+        index = names.index(word)
+    elif fold(word) in keys:
+        index = keys.index(fold(word))
+    elif fold(word) in indices and not all(isinstance(key, int) for key in keys):
+        index = int(word)
+    if index is None or index in model.info.get("empty", []):
+        trained = [names[k] for k in indices if k not in model.info.get("empty", [])]
+        raise UserError(f"{flag} {word}: this model was trained on the classes {shorten(trained)}")
+    return index
+
+
+def sha256_prefix(data):
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def derive_seed(*numbers):
+    """One seed, below 2^63, from several integers >= 0."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def per_image_noise(seed, indices):
+    """noise_sampler(x) whose row i is a function of (seed, indices[i]) alone, in any batch."""
+    generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for i in indices]
+
+    def noise_sampler(x):
+        rows = [torch.randn(x.shape[1:], generator=g) for g in generators]
+        return torch.stack(rows).to(x.device)  # drawn on the CPU: the same on every machine
+
+    return noise_sampler
+
+
+def pick_device(name=None):
+    """torch.device of --device; default: a GPU if there is one, under torchrun one per process."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: is not available ({str(e).splitlines()[0]})") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name, device):
+    """torch.dtype of --dtype; default: bf16, or fp32 on hardware that would emulate bf16."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    name = name or ("bf16" if native else "fp32")
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def autocast(device, dtype):
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+def cast_weights(module, dtype):
+    """Convert once the weights that autocast would convert at every call; the results are equal."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            m.to(dtype)
+    return module
+
+
+def bounded(kind, low, high=2**62):
+    """argparse type: an int or float from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def make_parser(doc, **options):
+    """ArgumentParser with the flags of all scripts."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, **options)
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)"
+    )
+    return parser

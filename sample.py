@@ -1,212 +1,247 @@
 """Stage 3: draw images of classes (Algorithms 1 and 2, Appendix C).
 
-python sample.py --class 1 --refs 4                    the bundled model: trousers, the last images of chains of 4
-python sample.py --class trouser bag --show-chain      every image of the chain, one chain a row (Figure 2)
-python sample.py --pretrained B-mrar --class 207 360   the authors' weights, fetched once, at their published settings
-python sample.py --fuse trouser bag                    features of two classes in one image (Figures 1 and 5)
-python sample.py --features 8 16 32 64                 the same noise, decoded from the first features alone (Figure 1)
-python sample.py --class bag --references a.png b.png  chains that start with images of yours
-torchrun --nproc_per_node 8 -- sample.py --num 50000 --ckpt CKPT --out samples.npz      balanced classes, for fid.py
+python sample.py --class 1 --refs 4                    the bundled model: trousers, each the last
+                                                       image of a chain of 4
+python sample.py --class trouser bag --show-chain      every image, one chain per row (Figure 2)
+python sample.py --pretrained B-mrar --class 207 360   the authors' weights, fetched once
+python sample.py --fuse trouser bag                    features of two classes (Figures 1 and 5)
+python sample.py --features 8 16 32 64                 the first features alone (Figure 1)
+torchrun --nproc_per_node 8 -- sample.py --num 50000 --ckpt RUN --out samples.npz    for fid.py
 """
 
 import argparse
-import datetime
 import shutil
 from pathlib import Path
 
+# model comes before torch: it sets how OpenMP's threads wait.
+from model import DEMO_MODEL, RANK, WORLD, UserError, atomic_write, autocast, bounded, cast_weights
+from model import checkpoint_path, class_index, fetch_released, load_checkpoint, make_parser
+from model import missing_parts, part_paths, per_image_noise, pick_device, pick_dtype, run_main
+from model import shorten, start_parts, wait_for
+from vae import DEMO_VAE, latents_to_images, load_vae, save_grid
+
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from model import load_checkpoint, sampling_settings
-from vae import DEMO_MODEL, DEMO_VAE, RANK, WORLD, atomic_write, autocast, bounded, cast_weights, center_crop
-from vae import class_index, fetch_released, from_uint8, keep_settings, latents_to_images, load_vae, per_image_noise
-from vae import pick_device, pick_dtype, read_image, run_main, save_grid, sha256_prefix, shorten
+SETTINGS = "steps cfg cfg_below null_refs s1 s2 sampler".split()
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count = parser.add_argument, bounded(int, 1)
-    add("--class", nargs="+", dest="classes", metavar="CLASS", help="indices or names (default: ten; with --num, all)")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    count = bounded(int, 1)
+    add(
+        "--class",
+        nargs="+",
+        dest="classes",
+        metavar="CLASS",
+        help="indices or names; a class "
+        "named twice is drawn twice as often (default: ten; with --num, all)",
+    )
     add("--n", type=count, default=8, help="images of each class (default: 8)")
-    mode, weights = (parser.add_mutually_exclusive_group().add_argument for _ in range(2))
-    mode("--num", type=count, help="images in all, the classes in turn, written to an .npz")
-    add("--refs", type=count, help="images in the chain; the last is the result (default: the model's)")
-    mode("--show-chain", action="store_true", help="draw every image of each chain, one chain a row")
-    mode("--fuse", nargs=2, metavar=("A", "B"), help="columns A, B, and A's first half of features with B's second")
-    mode("--features", nargs="+", type=count, metavar="K", help="columns decoded from the first K features")
-    add("--references", nargs="+", metavar="IMAGE", help="images that start every chain, cropped as in training")
-    setting = parser.add_argument_group("sampling (default: the model's settings in model.SAMPLING)").add_argument
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--num", type=count, help="images in all, the classes in turn, to an .npz")
+    mode.add_argument("--show-chain", action="store_true", help="draw every image, a chain per row")
+    mode.add_argument(
+        "--fuse",
+        nargs=2,
+        metavar=("A", "B"),
+        help="columns A, B, and A's first half " "of features with B's second",
+    )
+    mode.add_argument(
+        "--features",
+        nargs="+",
+        type=count,
+        metavar="K",
+        help="columns decoded from " "the first K features",
+    )
+    add("--refs", type=count, help="images in the chain, the last is the result (default: all)")
+    group = parser.add_argument_group("sampling (default: the settings that the model carries)")
+    setting = group.add_argument
     setting("--steps", type=count, help="of the sampler, for each image")
-    setting("--cfg", nargs="+", type=bounded(float, 0), help="guidance scale, 1 = none; one, or one for each image")
-    setting("--cfg-below", type=bounded(float, 0, 1), help="guide where t, 1 = noise, is at most this")
-    setting("--null-refs", action=argparse.BooleanOptionalAction, help="guide against null with the references")
+    setting(
+        "--cfg",
+        nargs="+",
+        type=bounded(float, 0),
+        help="guidance scale, one or one per image; " "1 is none, 0 draws without a class",
+    )
+    setting(
+        "--cfg-below", type=bounded(float, 0, 1), help="guide where t, 1 = noise, is at most this"
+    )
+    setting(
+        "--null-refs",
+        action=argparse.BooleanOptionalAction,
+        help="the null class sees the " "references too",
+    )
     setting("--s1", type=bounded(float, 0), help="scale of the drift, Eq. 18")
     setting("--s2", type=bounded(float, 0), help="scale of the noise, Eq. 18")
-    setting("--sampler", choices=["euler-maruyama", "adams-bashforth"], help="the paper's, or one without noise")
-    add("--seed", type=bounded(int, 0), default=0, help="image i is a function of the seed and i (default: 0)")
+    setting(
+        "--sampler",
+        choices=["euler-maruyama", "adams-bashforth"],
+        help="the paper's, or one " "without noise",
+    )
+    add("--seed", type=bounded(int, 0), default=0, help="image i depends on it and i (default: 0)")
     add("--batch-size", type=count, default=64, help="images drawn at once (default: 64)")
-    weights("--ckpt", help="model: a run's folder, ema.pt, last.pt, or a released file (default: the bundled model)")
-    weights("--pretrained", choices="B L H B-mrar L-mrar H-mrar L-512".split(), help="the authors' weights and VAE")
-    add("--vae", help="VAE that made the model's latents (default: vae.pt beside the model, else the bundled one)")
-    add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.png, with --num .npz)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where the hardware has it)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with --num on CUDA)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--ckpt",
+        default=DEMO_MODEL,
+        help="model: a run's folder, ema.pt, last.pt "
+        "or a released file (default: the bundled model)",
+    )
+    released = "B L H B-mrar L-mrar H-mrar L-512".split()
+    weights.add_argument("--pretrained", choices=released, help="the authors' weights and VAE")
+    add("--vae", help="VAE of the model (default: vae.pt beside it, else the bundled one)")
+    add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.png)")
+    add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where it is native)")
+    add("--compile", action="store_true", help="torch.compile the decoders, for large --num")
     args = parser.parse_args()
-    args.out = args.out or ("runs/samples.npz" if args.num else "runs/samples.png")
-    if args.fuse and args.classes:
-        raise ValueError("--fuse names the classes; leave out --class")
-    if args.references and (args.fuse or args.features):
-        raise ValueError("--references: start chains that are drawn whole; leave out --fuse and --features")
-    columns = args.show_chain or args.fuse or args.features
-    suffixes = [".png"] if columns else [".npz"] if args.num or WORLD > 1 else [".png", ".npz"]
-    if Path(args.out).suffix not in suffixes:
-        raise ValueError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
-    if args.out.endswith(".npz") and Path(args.out).exists():
-        raise ValueError(f"--out {args.out}: is there already; remove it or give another")
+    check_output(args)
     return args
 
 
+def check_output(args):
+    """Resolve --out; refuse a suffix that does not fit, and results that are there already."""
+    suffixes = [".png", ".npz"]
+    if args.show_chain or args.fuse or args.features:
+        suffixes = [".png"]
+    if args.num or WORLD > 1:
+        suffixes = [".npz"]
+    args.out = Path(args.out or "runs/samples" + suffixes[0])
+    if args.out.suffix not in suffixes:
+        raise UserError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
+    if args.out.suffix == ".npz" and args.out.exists():
+        raise UserError(f"--out {args.out}: is there already; remove it or give another")
+    if args.fuse and args.classes:
+        raise UserError("--fuse names the classes; leave out --class")
+
+
 def load(args, device, dtype):
-    """(model, vae), as --pretrained or --ckpt and --vae name them; resolves args.refs and args.sampling."""
+    """(model, vae), as --pretrained or --ckpt and --vae name them."""
     if args.pretrained:
-        args.ckpt, args.vae = fetch_released(args.pretrained), args.vae or fetch_released("vae")
-    args.ckpt = Path(args.ckpt or DEMO_MODEL)
-    args.ckpt = args.ckpt / "ema.pt" if args.ckpt.is_dir() else args.ckpt
-    model = load_checkpoint(args.ckpt, device)
-    beside = args.ckpt.parent / "vae.pt"
-    vae = load_vae(args.vae or (beside if beside.exists() else DEMO_VAE), device)
-    same_vae = vae.digest == model.info.get("vae_digest", vae.digest)  # released files do not name theirs
-    if not same_vae or vae.z_channels != model.config.latent_channels:
-        raise ValueError(f"--vae {vae.path}: not the VAE of this model's latents; give that one")
+        path = fetch_released(f"transdiff_{args.pretrained.lower().replace('-', '_')}")
+        vae_path = args.vae or "kl16"
+    else:
+        path = checkpoint_path(args.ckpt)
+        beside = path.parent / "vae.pt"
+        vae_path = args.vae or (beside if beside.exists() else DEMO_VAE)
+    model = load_checkpoint(path, device)
+    model.info["file"] = (path.stat().st_size, path.stat().st_mtime_ns)
     args.refs = args.refs or model.config.refs
-    if not len(args.references or []) < args.refs <= model.config.refs:
-        given = f"--refs {args.refs}, {len(args.references or [])} --references"
-        raise ValueError(f"{given}: this model draws chains of 1 to {model.config.refs} images, the last of them new")
-    args.cfg = args.cfg and (args.cfg if len(args.cfg) > 1 else args.cfg[0])
-    given = {k: vars(args)[k] for k in ("steps", "cfg", "cfg_below", "null_refs", "s1", "s2", "sampler")}
-    given = {k: v for k, v in given.items() if v is not None}
-    args.sampling = dict(sampler="euler-maruyama") | sampling_settings(model.config) | given
-    if args.sampling["sampler"] == "adams-bashforth" and {"s1", "s2"} & set(given):
-        raise ValueError("--s1, --s2: this sampler has no noise to scale; add --sampler euler-maruyama --steps 25")
-    return cast_weights(model, dtype), vae
+    given = {name: getattr(args, name) for name in SETTINGS}
+    if args.cfg and len(args.cfg) == 1:
+        given["cfg"] = args.cfg[0]
+    model.sampling = model.merge_settings(given)
+    return cast_weights(model, dtype), load_vae(vae_path, device, model)
 
 
-def choose_labels(args, model):
-    """The class of each image, and of --fuse both classes, from the flags."""
-    names, num_classes = model.info.get("classes", []), model.config.num_classes
-    flag, words = ("--fuse", args.fuse) if args.fuse else ("--class", args.classes or [])
-    classes = [class_index(flag, word, names, num_classes) for word in words]
-    classes = classes or list(range(num_classes if args.num else min(10, num_classes)))
-    if args.num and args.num % len(classes):
-        raise ValueError(f"--num {args.num}: must be a multiple of the {len(classes)} classes")
-    labels = classes * (args.num // len(classes)) if args.num else [k for k in classes for _ in range(args.n)]
-    return labels, [names[k] if names else str(k) for k in classes]
+def choose_classes(args, model):
+    """Indices of the classes to draw, and of --fuse both classes."""
+    flag, words = ("--fuse", args.fuse) if args.fuse else ("--class", args.classes)
+    if words:
+        return [class_index(flag, word, model) for word in words]
+    empty = model.info.get("empty", [])
+    classes = [k for k in range(model.config.num_classes) if k not in empty]
+    return classes if args.num else classes[:10]
 
 
-def count_steps(model, total):
-    """Progress bar in sampler steps; the two decoder calls of a guided step share one tensor t and count once."""
-    bar, last = tqdm(total=total, unit="step", disable=RANK > 0), [None]
-
-    def after_call(decoder, inputs, velocity):
-        bar.update(inputs[1] is not last[0])
-        last[0] = inputs[1]
-
-    model.decoder.register_forward_hook(after_call)
+def draw(model, vae, labels, first, args, on_step):
+    """Draw the chains of `labels`, images `first` ... of the seed -> uint8 [B, refs, H, W, 3]."""
+    noise_sampler = per_image_noise(args.seed, range(first, first + len(labels)))
+    chain = model.sample(labels, args.refs, noise_sampler=noise_sampler, on_step=on_step)
+    chain = chain if args.show_chain else chain[:, -1:]
+    images = latents_to_images(vae, chain.flatten(0, 1))
+    return images.reshape(*chain.shape[:2], *images.shape[1:])
 
 
-def draw_chains(model, vae, labels, args, device, batches=None):
-    """Yield (b, chains uint8 [B, refs, H, W, 3]) of batch b of `labels` [N], for all batches or those given.
+def write_npz(model, vae, labels, classes, args):
+    """Draw the last image of each chain into args.out, in ADM's format: arr_0 uint8 [N, H, W, 3],
+    arr_1 int64 [N], and the names of the classes.
 
-    Batches are cut by index: what is in one depends on neither the number of processes nor what was drawn before.
+    Each process draws every WORLD-th batch; an unfinished set is resumed, by any number of them.
     """
-    size, references = args.batch_size, None
-    batches = range(-(-len(labels) // size)) if batches is None else batches
-    if args.references:  # the posterior means, of images cropped as in training
-        crops = [center_crop(read_image(path), vae.factor * model.config.latent_size) for path in args.references]
-        mean, _ = vae.encode(from_uint8(np.stack(crops)).to(device))
-        references = (mean.float() * vae.scale).expand(size, -1, -1, -1, -1)
-    count_steps(model, len(batches) * (args.refs - len(args.references or [])) * args.sampling["steps"])
-    for b in batches:
-        batch = labels[b * size : (b + 1) * size]
-        n = len(batch)
-        y = torch.tensor(batch + batch[-1:] * (size - n), device=device)  # full: another size would compile anew
-        randn = per_image_noise(args.seed, range(b * size, (b + 1) * size), device)
-        chain = model.sample(y, args.refs, None, randn, references, **args.sampling)[:n]
-        chain = chain if args.show_chain else chain[:, -1:]
-        images = latents_to_images(vae, chain.flatten(0, 1))
-        yield b, images.reshape(*chain.shape[:2], *images.shape[1:])
+    partial = Path(f"{args.out}.partial")
+    settings = dict(model.sampling, seed=args.seed, refs=args.refs, dtype=args.dtype)
+    settings.update(batch_size=args.batch_size, labels=labels.tolist())
+    start_parts(partial, dict(settings, vae=vae.digest, model=model.info["file"]))
+    batches = labels.split(args.batch_size)
+    paths = part_paths(partial, len(batches))
+    mine = missing_parts(paths)
+    total = len(mine) * args.refs * model.sampling["steps"]
+    bar = tqdm(total=total, unit="step", disable=RANK > 0)
+    for i in mine:
+        images = draw(model, vae, batches[i], i * args.batch_size, args, bar.update)[:, -1]
+        atomic_write(paths[i], lambda f: np.save(f, images))
+    if RANK > 0:
+        return
+    wait_for(paths)
+    arrays = dict(arr_0=np.concatenate([np.load(path) for path in paths]))
+    arrays.update(arr_1=labels.cpu().numpy(), classes=np.array(classes))
+    atomic_write(args.out, lambda f: np.savez(f, **arrays))
+    shutil.rmtree(partial)
 
 
-def write_npz(model, vae, labels, args, device):
-    """Draw the last image of each chain into args.out, ADM's arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N].
+def features(model, labels, args, on_step):
+    """Draw chains and return c of their last images, [N, refs tokens_per_image, width]."""
+    chain = None
+    if args.refs > 1:
+        noise_sampler = per_image_noise(args.seed, range(len(labels)))
+        chain = model.sample(labels, args.refs - 1, None, noise_sampler, None, on_step)
+    return model.encode(labels, chain)
 
-    Batch b is a file in OUT.partial, drawn by rank b % WORLD_SIZE; run again to resume.
+
+def decode_parts(model, vae, parts, args, on_step):
+    """Decode each condition of the list `parts` with the same noise (Figures 1 and 5).
+
+    Guidance is that of the last image, against the null class without references.
+    Returns uint8 images [N, len(parts), H, W, 3].
     """
-    partial, num_batches = Path(f"{args.out}.partial"), -(-len(labels) // args.batch_size)
-    settings = {k: vars(args)[k] for k in ("seed", "batch_size", "refs", "dtype")}
-    settings |= dict(args.sampling, labels=labels, vae=vae.digest)
-    settings["references"] = [sha256_prefix(Path(path).read_bytes()) for path in args.references or []]
-    settings["model"] = [args.ckpt.stat().st_size, args.ckpt.stat().st_mtime_ns]
-    if RANK == 0:
-        keep_settings(partial / "run.json", settings)
-    if WORLD > 1:
-        dist.barrier()  # the others do not start on a set of other settings
-    files = [partial / f"{b:06d}.npy" for b in range(num_batches)]
-    mine = [b for b in range(RANK, num_batches, WORLD) if not files[b].exists()]
-    for b, chains in draw_chains(model, vae, labels, args, device, mine):
-        atomic_write(files[b], lambda f: np.save(f, chains[:, -1]))
-    if WORLD > 1:
-        dist.barrier()
-    if RANK == 0:
-        images = np.concatenate([np.load(file) for file in files])
-        atomic_write(args.out, lambda f: np.savez(f, arr_0=images, arr_1=np.array(labels, np.int64)))
-        shutil.rmtree(partial)
-
-
-def decode_conditions(model, vae, labels, parts, args, device):
-    """Figures 1 and 5: decode parts of the features with the same noise -> uint8 images [N, len(parts), H, W, 3].
-
-    labels  lists of N classes: c of each is that of the last image of a chain drawn for it
-    parts   functions of the list of those c that return the c to decode; guidance is against null without references
-    """
-    N, conditions, images, settings = len(labels[0]), [], [], dict(args.sampling)
-    cfg = np.ravel(settings.pop("cfg"))[-1].item()  # of the last image
-    settings.pop("null_refs", None)
-    count_steps(model, (len(labels) * (args.refs - 1) + len(parts)) * settings["steps"])
-    for y in labels:
-        y, randn = torch.tensor(y, device=device), per_image_noise(args.seed, range(N), device)
-        chain = model.sample(y, args.refs - 1, noise_sampler=randn, **args.sampling) if args.refs > 1 else None
-        conditions.append(model.encode(y, chain))
-    c_null = model.encode(torch.full_like(y, model.config.num_classes)) if cfg != 1 else None
-    for part in parts:
-        randn = per_image_noise(args.seed, range(N), device)
-        noise = randn(torch.empty(N, *model.config.latent_shape))
-        x = model.decode(part(conditions), noise, c_null, cfg, noise_sampler=randn, **settings)
-        images.append(latents_to_images(vae, x))
+    N = len(parts[0])
+    device = parts[0].device
+    settings = {k: v for k, v in model.sampling.items() if k != "null_refs"}
+    if isinstance(settings["cfg"], list):
+        settings["cfg"] = settings["cfg"][-1]
+    null = torch.full((N,), model.config.num_classes, device=device)
+    c_null = None if settings["cfg"] == 1 else model.encode(null)
+    images = []
+    for c in parts:
+        noise_sampler = per_image_noise(args.seed, range(N))
+        noise = noise_sampler(torch.empty(N, *model.config.latent_shape, device=device))
+        settings.update(noise_sampler=noise_sampler, on_step=on_step)
+        images.append(latents_to_images(vae, model.decode(c, noise, c_null, **settings)))
     return np.stack(images, axis=1)
 
 
-def draw_picture(model, vae, labels, names, args, device):
+def draw_picture(model, vae, labels, names, args):
     """Draw the images and write them as one PNG with the names of its rows and columns."""
-    tokens, each = model.config.tokens_per_image * args.refs, np.repeat(names, args.n)
+    tokens = model.config.tokens_per_image * args.refs
+    bar = tqdm(unit="step")
+    rows = np.repeat(names, args.n)
     if args.fuse:
-        half, a, b = tokens // 2, labels[: args.n], labels[args.n :]
-        parts = [lambda c: c[0], lambda c: c[1], lambda c: torch.cat([c[0][:, :half], c[1][:, half:]], dim=1)]
-        images = decode_conditions(model, vae, [a, b], parts, args, device)
-        rows, heads = (), [*names, "fused"]
+        a, b = (features(model, y, args, bar.update) for y in labels.chunk(2))
+        fused = torch.cat([a[:, : tokens // 2], b[:, tokens // 2 :]], dim=1)
+        images = decode_parts(model, vae, [a, b, fused], args, bar.update)
+        rows = []
+        heads = [*names, "fused"]
     elif args.features:
         if max(args.features) > tokens:
-            raise ValueError(f"--features: the last image is decoded from {tokens}; give numbers up to that")
-        parts = [lambda c, k=k: c[0][:, :k] for k in args.features]
-        images = decode_conditions(model, vae, [labels], parts, args, device)
-        rows, heads = each, [f"first {k}" for k in args.features]
+            raise UserError(f"--features: the last image is decoded from {tokens}; give up to that")
+        c = features(model, labels, args, bar.update)
+        parts = [c[:, :k] for k in args.features]
+        images = decode_parts(model, vae, parts, args, bar.update)
+        heads = [f"first {k}" for k in args.features]
     else:
-        images = np.concatenate([chains for _, chains in draw_chains(model, vae, labels, args, device)])
-        rows, heads = (each, [f"image {k}" for k in range(args.refs)]) if args.show_chain else (names, ())
-    columns = images.shape[1] if len(heads) else args.n
+        size = args.batch_size
+        batches = enumerate(labels.split(size))
+        images = [draw(model, vae, y, i * size, args, bar.update) for i, y in batches]
+        images = np.concatenate(images)
+        heads = [f"image {k}" for k in range(args.refs)]
+    columns = images.shape[1]
+    if columns == 1:  # the images of a class in a row, instead of those of a chain
+        columns = args.n
+        rows = names
+        heads = []
     save_grid(images.reshape(-1, *images.shape[2:]), args.out, columns, rows, heads)
 
 
@@ -215,21 +250,28 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     args.dtype = str(dtype)
-    if WORLD > 1:  # for its barriers alone
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     model, vae = load(args, device, dtype)
-    labels, names = choose_labels(args, model)
-    args.batch_size = min(args.batch_size, len(labels))
-    if args.compile or args.compile is None and args.num and device.type == "cuda":
-        model.decoder, vae.decoder = torch.compile(model.decoder), torch.compile(vae.decoder)
+    classes = choose_classes(args, model)
+    names = model.info.get("classes") or [str(k) for k in range(model.config.num_classes)]
+    chosen = [names[k] for k in classes]
+    labels = torch.tensor(classes, device=device)
+    if args.num:
+        if args.num % len(classes):
+            raise UserError(f"--num {args.num}: must be a multiple of the {len(classes)} classes")
+        labels = labels.repeat(args.num // len(classes))
+    else:
+        labels = labels.repeat_interleave(args.n)
+    if args.compile:
+        model.decoder = torch.compile(model.decoder)
+        vae.decoder = torch.compile(vae.decoder)
     with torch.inference_mode(), autocast(device, dtype):
-        if args.out.endswith(".npz"):
-            write_npz(model, vae, labels, args, device)
+        if args.out.suffix == ".npz":
+            write_npz(model, vae, labels, names, args)
         else:
-            draw_picture(model, vae, labels, names, args, device)
+            draw_picture(model, vae, labels, chosen, args)
     if RANK == 0:
-        settings = ", ".join(f"{k} {v}" for k, v in {"refs": args.refs, **args.sampling}.items())
-        tqdm.write(f"wrote {args.out} ({shorten(names)}; {settings})")
+        settings = ", ".join(f"{k} {v}" for k, v in {"refs": args.refs, **model.sampling}.items())
+        tqdm.write(f"wrote {args.out} ({shorten(chosen)}; {settings})")
 
 
 if __name__ == "__main__":

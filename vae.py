@@ -1,64 +1,59 @@
-"""Stage 0: pixels <-> latents. KL autoencoder, reading images, the latent cache.
+"""Stage 0: pixels <-> latents. The KL autoencoder, reading images, the latent cache.
 
-    python vae.py train  --data SRC --out vae.pt            train an autoencoder (L1 + KL) on your own images
-    python vae.py encode --data SRC --vae vae.pt --out DIR  encode the images once; train.py reads DIR from then on
+    python vae.py encode --data SRC --vae vae.pt --out DIR    encode images once, for train.py
 
-SRC is a folder of class folders of images (JPEG, PNG, WebP ...), or an .npz of uint8 images and labels. TransDiff never
-sees a pixel: it is trained on, and draws, the latents of this autoencoder (Section 3.1). The paper's is LDM's KL-16,
-whose parameter names are kept, so that the released file loads as it is.
+SRC is a folder of class folders of images (JPEG, PNG, WebP ...), or an .npz of uint8 images and
+labels. TransDiff never sees a pixel: it is trained on, and draws, the latents of this autoencoder
+(Section 3.1). The paper's is LDM's KL-16, whose parameter names are kept, so that the released file
+loads as it is. demo/train_vae.py trains one on your own images.
 
-The last section is shared by all scripts: writing files, arguments, devices, error messages, pictures.
+Under torchrun every process encodes its part. A command that was killed resumes when repeated.
 """
 
-import argparse
-import errno
 import functools
-import hashlib
 import json
-import math
 import os
 import shutil
-import signal
-import sys
-import time
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
+
+# model comes before torch: it sets how OpenMP's threads wait.
+from model import DEMO, RANK, UserError, atomic_write, attention, bounded
+from model import fetch_released, load_file, make_parser, missing_parts, part_paths, pick_device
+from model import read_weights, run_main, sha256_prefix, shorten, start_parts
+from model import user_file, wait_for, write_json
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from model import attention, load_file, printable, readable
+DEMO_DATA = DEMO / "fashion_mnist_10k.npz"
+DEMO_VAE = DEMO / "vae.pt"
+RELEASED_SCALE = 0.2325  # 1 / standard deviation of the released VAE's latents on ImageNet
+torch.backends.cudnn.allow_tf32 = False  # convolutions in TF32 would change pixels and FID
 
-DEMO = Path(__file__).parent / "demo"
-DEMO_DATA, DEMO_VAE, DEMO_MODEL = DEMO / "fashion_mnist_10k.npz", DEMO / "vae.pt", DEMO / "mrar.pt"
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-RELEASED_SCALE = 0.2325  # 1 / standard deviation of the released VAE's latents on ImageNet; not in its file
-ARCHS = {  # kl16: the paper's, 256 px -> 16 x 16 x 16; small: the demo's, 32 px -> 8 x 8 x 8
-    "kl16": dict(channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=16),
-    "small": dict(channels=32, multipliers=(1, 1, 2), blocks=1, z_channels=8),
-}
-
-
-# ---------------------------------------------------------------------------------------------- the autoencoder
+# -------------------------------------------------------------------------------- the autoencoder
 conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 def norm(channels):
-    # 32 groups as in LDM, but at least 4 channels each: groups of one would remove a map's mean, the brightness
+    # 32 groups as in LDM, but at least 4 channels each: groups of one would remove a map's mean.
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin), conv3(cin, cout)
-        self.norm2, self.conv2 = norm(cout), conv3(cout, cout)
+        self.norm1 = norm(cin)
+        self.conv1 = conv3(cin, cout)
+        self.norm2 = norm(cout)
+        self.conv2 = conv3(cout, cout)
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
@@ -73,11 +68,15 @@ class AttnBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm = norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
         h = self.norm(x)
-        h = attention(*(f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v)), heads=1)  # [B, HW, C]
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # [B, HW, C]
+        h = attention(q, k, v, heads=1)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
@@ -86,18 +85,24 @@ def sequence(**modules):
 
 
 def middle(channels):
-    block_1, block_2 = ResnetBlock(channels, channels), ResnetBlock(channels, channels)
-    return sequence(block_1=block_1, attn_1=AttnBlock(channels), block_2=block_2)
+    return sequence(
+        block_1=ResnetBlock(channels, channels),
+        attn_1=AttnBlock(channels),
+        block_2=ResnetBlock(channels, channels),
+    )
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if `attention`, then a change of resolution."""
+    """Residual blocks of one resolution, with attention or without, then a change of resolution."""
 
     def __init__(self, cin, cout, blocks, attention=False, downsample=None, upsample=None):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(cin if i == 0 else cout, cout) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(cout) if attention else nn.Identity() for _ in range(blocks))
-        self.downsample, self.upsample = downsample or nn.Identity(), upsample or nn.Identity()
+        channels = [cin] + [cout] * blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(channels, channels[1:]))
+        attn = AttnBlock if attention else nn.Identity
+        self.attn = nn.ModuleList(attn(cout) for _ in range(blocks))
+        self.downsample = downsample or nn.Identity()
+        self.upsample = upsample or nn.Identity()
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
@@ -106,32 +111,50 @@ class Level(nn.Module):
 
 
 def encoder(channels, multipliers, blocks, z_channels):
-    """[B, 3, H, W] -> [B, 2 z_channels, H / f, W / f], f = 2 ** (levels - 1). Attention at the last level."""
-    levels, cin = [], channels
-    for i, cout in enumerate(channels * m for m in multipliers):
-        last = i == len(multipliers) - 1  # LDM pads right and bottom only
+    """[B, 3, H, W] -> [B, 2 z_channels, H / f, W / f], f = 2 ** (levels - 1)."""
+    levels = []
+    cin = channels
+    for i, multiplier in enumerate(multipliers):
+        cout = channels * multiplier
+        last = i == len(multipliers) - 1
+        # LDM pads right and bottom only.
         down = sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2))
         levels.append(Level(cin, cout, blocks, attention=last, downsample=None if last else down))
         cin = cout
-    ends = dict(norm_out=norm(cin), silu=nn.SiLU(), conv_out=conv3(cin, 2 * z_channels))
-    return sequence(conv_in=conv3(3, channels), down=nn.Sequential(*levels), mid=middle(cin), **ends)
+    return sequence(
+        conv_in=conv3(3, channels),
+        down=nn.Sequential(*levels),
+        mid=middle(cin),
+        norm_out=norm(cin),
+        silu=nn.SiLU(),
+        conv_out=conv3(cin, 2 * z_channels),
+    )
 
 
 def decoder(channels, multipliers, blocks, z_channels):
-    """[B, z_channels, h, w] -> [B, 3, f h, f w]. One block a level more than the encoder; no attention in levels."""
-    levels, cin = {}, channels * multipliers[-1]
-    for i in reversed(range(len(multipliers))):  # LDM counts levels from the pixels: up.0 runs last
+    """[B, z_channels, h, w] -> [B, 3, f h, f w]. One block per level more than the encoder."""
+    levels = {}
+    cin = top = channels * multipliers[-1]
+    for i in reversed(range(len(multipliers))):  # LDM counts levels from the pixels
         cout = channels * multipliers[i]
         up = sequence(enlarge=nn.Upsample(scale_factor=2.0), conv=conv3(cout, cout))
         levels[str(i)] = Level(cin, cout, blocks + 1, upsample=up if i > 0 else None)
         cin = cout
-    ends = dict(norm_out=norm(cin), silu=nn.SiLU(), conv_out=conv3(cin, 3))
-    top = channels * multipliers[-1]
-    return sequence(conv_in=conv3(z_channels, top), mid=middle(top), up=sequence(**levels), **ends)
+    return sequence(
+        conv_in=conv3(z_channels, top),
+        mid=middle(top),
+        up=sequence(**levels),
+        norm_out=norm(cin),
+        silu=nn.SiLU(),
+        conv_out=conv3(cin, 3),
+    )
 
 
 class AutoencoderKL(nn.Module):
-    """LDM's KL autoencoder (Rombach et al. 2022). `scale` is 1 / standard deviation of its latents."""
+    """LDM's KL autoencoder (Rombach et al. 2022), always in float32.
+
+    The defaults are the paper's: 256 px -> 16 x 16 x 16.
+    """
 
     def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=16):
         super().__init__()
@@ -139,550 +162,427 @@ class AutoencoderKL(nn.Module):
         self.decoder = decoder(channels, multipliers, blocks, z_channels)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
-        self.z_channels, self.factor = z_channels, 2 ** (len(multipliers) - 1)
-        self.scale, self.image_size, self.path, self.digest = RELEASED_SCALE, 256, "", ""
+        self.z_channels = z_channels
+        self.factor = 2 ** (len(multipliers) - 1)
 
     def encode(self, x):
         """x [B, 3, H, W] in [-1, 1] -> mean, logvar, each [B, z, H / factor, W / factor]."""
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, z):
         """z [B, z, h, w], unscaled -> x [B, 3, factor h, factor w] in about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z))
+        with torch.autocast(z.device.type, enabled=False):
+            return self.decoder(self.post_quant_conv(z))
 
 
-def sample_posterior(mean, logvar, noise):
-    """mean, logvar, noise, each [..., z, h, w] -> latents [..., z, h, w]; noise standard normal."""
-    return mean + (0.5 * logvar).exp() * noise
+def sample_posterior(moments):
+    """Mean and log-variance [..., 2 z, h, w] -> a draw [..., z, h, w] of the latents, unscaled."""
+    mean, logvar = moments.float().chunk(2, dim=-3)
+    return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
 
 
-def load_vae(path, device="cpu"):
-    """AutoencoderKL of our file or the released one (fetched for path "kl16"), float32, eval mode, gradients off."""
-    path = fetch_released("vae") if path == "kl16" else path
+def load_vae(path, device="cpu", model=None):
+    """AutoencoderKL of our file, of the release's or of LDM's: eval mode, gradients off.
+
+    path   a file, or "kl16": the released one, fetched once
+    model  TransDiff: refuse a VAE that is not the one of its latents
+    Besides its weights it has scale (1 / standard deviation of its latents), image_size (that of its
+    training), path and digest (of its file, recorded with the latents it makes).
+    """
+    path = fetch_released("vae") if path == "kl16" else Path(path)
     ckpt = load_file(path)
-    with readable(path, "VAE"):
-        state = {k: v.float() for k, v in ckpt["model"].items()}
-        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-        blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block."))
-        channels = len(state["encoder.conv_in.weight"])
-        multipliers = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // channels for i in range(levels)]
-        with torch.device("meta"):
-            vae = AutoencoderKL(channels, multipliers, blocks, len(state["post_quant_conv.weight"]))
-        vae.load_state_dict(state, strict=True, assign=True)
-        vae.scale, vae.image_size = float(ckpt.get("scale", RELEASED_SCALE)), int(ckpt.get("image_size", 256))
-    vae.path, vae.digest = str(path), sha256_prefix(Path(path).read_bytes())  # recorded with the latents it makes
+    state = read_weights(ckpt, "model", "state_dict")
+    state = {k: v for k, v in state.items() if not k.startswith("loss.")}  # LDM's discriminator
+    with torch.device("meta"):
+        vae = AutoencoderKL(**ckpt.get("arch", {}))
+    with user_file(path, f"VAE, it has {shorten(list(ckpt))}"):
+        vae.load_state_dict(state, assign=True)
+    vae.scale = ckpt.get("scale", RELEASED_SCALE)
+    vae.image_size = ckpt.get("image_size", 256)
+    vae.path = path
+    vae.digest = sha256_prefix(path.read_bytes())
+    if model is not None:
+        expected = model.info.get("vae_digest", vae.digest)  # released models do not name theirs
+        if vae.digest != expected or vae.z_channels != model.config.latent_channels:
+            raise UserError(f"--vae {path}: not the VAE of this model's latents; give that one")
     return vae.to(device).eval().requires_grad_(False)
 
 
 def latents_to_images(vae, latents):
-    """Scaled latents [N, z, h, w], as TransDiff draws them -> uint8 images [N, H, W, 3], decoded in float32."""
-    with torch.autocast(latents.device.type, enabled=False):  # bf16 would change a third of the pixels by a level
-        x = torch.cat([vae.decode(z / vae.scale) for z in latents.float().split(16)])
+    """Scaled latents [N, z, h, w], as TransDiff draws them -> uint8 images [N, H, W, 3]."""
+    x = torch.cat([vae.decode(z / vae.scale) for z in latents.float().split(16)])
     if not torch.isfinite(x).all():
-        raise ValueError("the sampler gave values that are not finite; try --dtype fp32, or a smaller --cfg")
+        raise UserError("the samples are not finite; try --dtype fp32, or a smaller --cfg")
     return to_uint8(x)
 
 
 def to_uint8(x):
     """x [B, 3, H, W] in [-1, 1] -> uint8 numpy [B, H, W, 3]."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    levels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def from_uint8(images):
-    """uint8 [B, H, W, 3], tensor or array -> float [B, 3, H, W] in [-1, 1]."""
-    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+def from_uint8(images, device="cpu"):
+    """uint8 [B, H, W, 3], tensor or array -> float [B, 3, H, W] in [-1, 1] on the device."""
+    return torch.as_tensor(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-# ---------------------------------------------------------------------------------------------- images
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+def save_grid(images, path, columns, rows=(), heads=()):
+    """Write uint8 images [N, H, W, 3] as one PNG, row by row, small ones enlarged.
+
+    rows   names of the rows
+    heads  names of the columns
+    """
+    h, w = images.shape[1:3]
+    zoom = max(1, 64 // h)
+    gap = 2 * zoom
+    font = ImageFont.load_default(14)
+    left = max((6 + int(font.getlength(name)) for name in rows), default=0)
+    top = 20 if len(heads) else 0
+    step_x = w * zoom + gap
+    step_y = h * zoom + gap
+    num_rows = -(-len(images) // columns)
+    size = (left + columns * step_x + gap, top + num_rows * step_y + gap)
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    for i, image in enumerate(images):
+        x = left + i % columns * step_x + gap
+        y = top + i // columns * step_y + gap
+        tile = ImageOps.scale(Image.fromarray(image), zoom, Image.Resampling.NEAREST)
+        picture.paste(tile, (x, y))
+    for i, name in enumerate(rows):
+        draw.text((left, top + (i + 0.5) * step_y), name, "black", font, "rm")
+    for i, name in enumerate(heads):
+        draw.text((left + (i + 0.5) * step_x, top), name, "black", font, "md")
+    atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
+
+
+# -------------------------------------------------------------------------------- reading images
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes: long texts and colour profiles are no error
+UPRIGHT = {  # EXIF orientation -> what turns the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(path):
-    """RGB PIL image of a file of any mode: upright by EXIF, transparency on black, first frame of an animation."""
-    with readable(path, "image"), warnings.catch_warnings():
+    """RGB PIL image of a file of any mode.
+
+    Upright by EXIF, transparency on black, the first frame of an animation.
+    """
+    with user_file(path, "image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata, and of large images
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
+        image = Image.open(path)
+        image.load()
+        try:
+            orientation = image.getexif().get(0x0112)
+        except Exception:  # damaged metadata; the pixels are sound
+            orientation = None
+        if orientation in UPRIGHT:
+            image = image.transpose(UPRIGHT[orientation])
+        if image.mode in ("I", "F"):
+            raise ValueError("32-bit grey has no fixed white; convert it to 8 or 16 bits")
+        if image.mode.startswith(
+            "I;16"
+        ):  # Pillow's own conversion clips at 255, and does not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            black = Image.new("RGBA", image.size, "black")
+            image = Image.alpha_composite(black, image.convert("RGBA"))
         return image.convert("RGB")
 
 
 def center_crop(image, size):
-    """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while twice too large, then bicubic, centre square."""
+    """PIL image -> uint8 [size, size, 3], as ADM crops (Dhariwal & Nichol 2021): halve by box
+    filter while twice too large, then bicubic, then the centre square."""
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        half = (image.width // 2, image.height // 2)
+        image = image.resize(half, Image.Resampling.BOX)
     image = ImageOps.cover(image, (size, size), Image.Resampling.BICUBIC)
-    x, y = (image.width - size) // 2, (image.height - size) // 2
+    x = (image.width - size) // 2
+    y = (image.height - size) // 2
     return np.array(image.crop((x, y, x + size, y + size)))
 
 
-def image_files(root):
-    """Paths of the images under a folder, at any depth, sorted; hidden files and folders are left out."""
-    paths = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [d for d in folders if not d.startswith(".")]
-        paths += [os.path.join(folder, f) for f in files if f.lower().endswith(IMAGE_SUFFIXES) and f[0] != "."]
-    return sorted(filter(os.path.isfile, paths), key=os.fsencode)
+def walk(folder, parents=()):
+    """Paths of all files below a folder, sorted. Links are followed, loops and hidden names not."""
+    real = os.path.realpath(folder)
+    if real in parents:
+        return
+    for entry in sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name)):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from walk(entry.path, (*parents, real))
+        elif entry.is_file():
+            yield entry.path
 
 
 def read_folder(root, labelled):
-    """(paths below root as bytes [N], labels [N], class names); labelled: the classes are the sorted subfolders."""
-    names = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name[0] != ".") if labelled else [""]
-    paths = [image_files(root / name) for name in names]
-    empty = [name for name, files in zip(names, paths) if not files]
-    if empty:
-        raise ValueError(f"{root / empty[0]}: no images in this folder; remove it or fill it")
-    if not names:
-        raise ValueError(f"{root}: no class folders with images; expected {root}/<class>/<image>")
-    labels = np.repeat(np.arange(len(names)), [len(files) for files in paths])
-    items = np.array([os.fsencode(os.path.relpath(p, root)) for files in paths for p in files])
-    return items, labels, [printable(name) for name in names]
+    """(paths [N], labels [N], class names); labelled: the classes are the sorted subfolders."""
+    folders = [root]
+    if labelled:
+        folders = [entry for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."]
+        folders.sort(key=os.fsencode)
+    paths = []
+    labels = []
+    others = Counter()
+    for label, folder in enumerate(folders):
+        files = list(walk(folder))
+        images = [path for path in files if path.lower().endswith(SUFFIXES)]
+        if not images:
+            raise UserError(f"{folder}: no images in this folder; remove it or fill it")
+        others.update(os.path.splitext(path)[1] for path in set(files) - set(images))
+        paths += images
+        labels += [label] * len(images)
+    if not paths:
+        raise UserError(f"{root}: no class folders; expected {root}/<class>/<image>")
+    if others and RANK == 0:
+        print(f"{root}: left out, not images by their suffix: {dict(others)}")
+    names = [folder.name.encode(errors="backslashreplace").decode() for folder in folders]
+    return paths, np.array(labels), names
 
 
 def read_npz(path, labelled):
-    """(images uint8 [N, H, W, 1 or 3], labels [N], names) of an .npz: images or arr_0, labels or arr_1, classes."""
-    with readable(path, ".npz of images"), np.load(path, allow_pickle=False) as data:
-        images = data["images" if "images" in data else "arr_0"]
-        images = images[..., None] if images.ndim == 3 else images
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or images.size == 0:
-            raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]")
-        key = "labels" if "labels" in data else "arr_1"
-        labels = data[key] if labelled or key in data else np.zeros(len(images), np.int64)
-        names = data["classes"] if "classes" in data else np.arange(labels.max() + 1)
-        one_each = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-        if not (one_each and 0 <= labels.min() <= labels.max() < len(names)):
-            expected = f"integers from 0 to {len(names) - 1}, one for each of {len(images)} images"
-            raise ValueError(f"labels are {labels.dtype} {labels.shape}, expected {expected}")
-    return images, labels.astype(np.int64), [str(name) for name in names]
+    """(images uint8 [N, H, W, 1 or 3], labels [N], class names) of an .npz."""
+    with user_file(path, ".npz of images"), np.load(path, allow_pickle=False) as data:
+        names = ("images", "arr_0", "labels", "arr_1", "classes")
+        arrays = {k: data[k] for k in names if k in data}
+        has = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()) or str(data.files)
+    images = arrays.get("images", arrays.get("arr_0", np.zeros(0)))
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise UserError(f"{path}: has {has}; expected images (or arr_0), uint8 [N, H, W, 3]")
+    if images.size == 0 or images.max() <= 1:
+        raise UserError(f"{path}: its images have no value above 1; expected 0 to 255")
+    labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0)))
+    if labels.dtype.kind in "iu" and labels.size == len(images) and labels.min() >= 0:
+        labels = labels.reshape(-1).astype(np.int64)
+        classes = arrays.get("classes", np.arange(labels.max() + 1))
+        if labels.max() < len(classes):
+            return images, labels, [str(name) for name in classes]
+    if labelled:
+        expected = "labels (or arr_1), an integer from 0 for each image, and below len(classes)"
+        raise UserError(f"{path}: has {has}; expected {expected}")
+    return images, np.zeros(len(images), np.int64), [""]
 
 
-class Images(torch.utils.data.Dataset):
+class Images(Dataset):
     """Images of a folder or an .npz: item i is uint8 [H, W, 3].
 
-    path      folder of class folders (not labelled: of images, at any depth), or .npz of uint8 images and labels
+    path      folder of class folders (not labelled: of images, at any depth), or .npz of uint8
+              images and labels
     size      pixels: crop every image to size x size; None: take them as they are, all of one size
     labelled  have `labels`, int64 [N], and `classes`, their names
-    skip_bad  an image that cannot be read is NaN, float32; otherwise it is a ValueError
+    skip_bad  an image that cannot be read is NaN, float32; otherwise it is a UserError
     """
 
     def __init__(self, path, size=None, labelled=True, skip_bad=False):
-        self.path, self.size, self.skip_bad = Path(path), size, skip_bad
+        self.path = Path(path)
+        self.size = size
+        self.skip_bad = skip_bad
         self.folder = self.path.is_dir()
         if not self.folder and not (self.path.suffix == ".npz" and self.path.is_file()):
-            raise ValueError(f"{path}: no such folder or .npz of images")
-        self.items, self.labels, self.classes = (read_folder if self.folder else read_npz)(self.path, labelled)
+            raise UserError(f"{path}: no such folder or .npz of images")
+        read = read_folder if self.folder else read_npz
+        self.items, self.labels, self.classes = read(self.path, labelled)
         self.shape = (size, size) if size else self.open(0).size[::-1]
-        # file names of a folder, checksums of an .npz: a file replaced under its name is not noticed
-        contents = self.items.tobytes() if self.folder else [m.CRC for m in zipfile.ZipFile(path).infolist()]
-        self.digest = sha256_prefix(repr((self.classes, contents)).encode())
 
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def digest(self):
+        """Changes with the images: by the time of a folder's files, by the checksums of an .npz."""
+        if self.folder:
+            stats = [os.stat(path) for path in self.items]
+            contents = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(self.items, stats)]
+        else:
+            contents = [member.CRC for member in zipfile.ZipFile(self.path).infolist()]
+        return sha256_prefix(repr((self.classes, contents)).encode("utf-8", "surrogateescape"))
+
     def name(self, i):
-        return str(self.path / os.fsdecode(self.items[i])) if self.folder else f"image {i} of {self.path}"
+        return self.items[i] if self.folder else f"image {i} of {self.path}"
 
     def open(self, i):
         if self.folder:
-            return read_image(self.name(i))
+            return read_image(self.items[i])
         return Image.fromarray(np.broadcast_to(self.items[i], (*self.items.shape[1:3], 3)).copy())
 
     def __getitem__(self, i):
         try:
             image = self.open(i)
-        except ValueError as e:
+        except UserError:
             if self.skip_bad:
                 return np.full((*self.shape, 3), np.nan, np.float32)
-            raise ValueError(f"{e}; remove it (vae.py encode can leave it out: --skip-bad)") from None
+            raise
         if self.size:
             return center_crop(image, self.size)
         if image.size != self.shape[::-1]:
-            sizes = f"{image.height} x {image.width} px, others are {self.shape[0]} x {self.shape[1]}"
-            raise ValueError(f"{self.name(i)}: is {sizes}; --image-size N crops all of them to N x N")
+            sizes = f"{image.height} x {image.width} px, others are {self.shape}"
+            raise UserError(f"{self.name(i)}: is {sizes}; --image-size N crops all to N x N")
         return np.array(image)
 
 
 def open_images(args, device):
-    """(Images, VAE) of --data and --vae; other images than the bundled ones need a VAE of their own."""
-    if not args.vae and args.data != str(DEMO_DATA) and Path(args.data).exists():
-        raise ValueError(f"--vae: name the VAE for {args.data}: kl16, or one that python vae.py train has made")
+    """(Images, VAE) of --data and --vae; other images than the bundled ones need their own VAE."""
+    if not args.vae and args.data != str(DEMO_DATA):
+        raise UserError(
+            f"--vae: name the VAE for {args.data}: kl16, or one that demo/train_vae.py has made"
+        )
     vae = load_vae(args.vae or DEMO_VAE, device)
-    return Images(args.data, args.image_size or vae.image_size, skip_bad=getattr(args, "skip_bad", False)), vae
+    size = args.image_size or vae.image_size
+    if size % vae.factor:
+        raise UserError(f"--image-size {size}: must be a multiple of {vae.factor} for {vae.path}")
+    return Images(args.data, size, skip_bad=True), vae
 
 
-# ---------------------------------------------------------------------------------------------- the latent cache
-# DIR/moments.bin  float16 [N, 2, 2 z, h, w]: mean and log-variance of the crop ([:, 0]) and its mirror image ([:, 1])
-# DIR/labels.npy   int64 [N]; -1: an image that could not be read (--skip-bad)
-# DIR/cache.json   shape of moments.bin, classes (names), scale, image_size, vae_digest
-# DIR/vae.pt       the VAE
+# -------------------------------------------------------------------------------- the latent cache
+# DIR/settings.json  what it is made from; written first
+# DIR/00000.npy ...  float16 [1024, 2, 2 z, h, w]: mean and log-variance of each crop ([:, 0]) and of
+#                    its mirror image ([:, 1]), NaN where the image cannot be read
+# DIR/labels.npy     int64 [N]; -1 where the image cannot be read
+# DIR/vae.pt         the VAE
+# DIR/cache.json     shape [N, 2, 2 z, h, w], classes, scale, image_size, vae_digest; written last
+PART = 1024
 
 
 @torch.inference_mode()
-def encode_moments(vae, images, device, dtype):
-    """Images uint8 [B, H, W, 3] -> float16 [B, 2, 2 z, h, w], the moments of the images and their mirror images."""
-    x = from_uint8(images).to(device)
-    with autocast(device, dtype):
-        views = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
-    moments = torch.stack(views, dim=1).to("cpu", torch.float16)
-    if moments.isinf().any():  # an image that could not be read is NaN
-        raise ValueError(f"{vae.path}: gives latents that are not finite in float16; is it the right VAE, and trained?")
+def encode_moments(vae, images, device):
+    """uint8 images [B, H, W, 3] -> float16 moments [B, 2, 2 z, h, w] of them and their mirrors."""
+    x = from_uint8(images, device)
+    views = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
+    moments = torch.stack(views, dim=1).half().cpu()
+    if moments.isinf().any():  # NaN is an image that could not be read
+        raise UserError(f"{vae.path}: its latents are not finite in float16; is it a trained VAE?")
     return moments.numpy()
 
 
-def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu", dtype=torch.float32):
-    """Encode images into the cache folder `out`, written as OUT.partial, renamed when complete; run again to resume."""
-    out, partial, size = Path(out), Path(f"{out}.partial"), images.shape[0]
-    if out.exists():
-        raise ValueError(f"{out}: exists already; remove it or give another --out")
-    if size % vae.factor:
-        raise ValueError(f"--image-size {size}: must be a multiple of {vae.factor} for {vae.path}")
-    shape = (len(images), 2, 2 * vae.z_channels, size // vae.factor, size // vae.factor)
-    settings = dict(shape=shape, classes=images.classes, scale=vae.scale, vae_digest=vae.digest, image_size=size)
-    settings |= dict(images=images.digest, batch_size=batch_size, dtype=str(dtype))
-    keep_settings(partial / "cache.json", settings)
-    print(f"{len(images):,} images of {len(images.classes)} classes: {shorten(images.classes)}")
-    with open(partial / "moments.bin", "ab") as f:
-        batch_bytes = 2 * batch_size * math.prod(shape[1:])
-        done = f.tell() // batch_bytes
-        f.truncate(done * batch_bytes)
-        rest = torch.utils.data.Subset(images, range(done * batch_size, len(images)))
-        loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, collate_fn=np.stack)
-        for batch in tqdm(loader, initial=done, total=done + len(loader), unit="batch", desc=f"encoding to {out}"):
-            f.write(encode_moments(vae, batch, device, dtype).tobytes())
-            f.flush()
-            os.fsync(f.fileno())
-    moments = np.memmap(partial / "moments.bin", np.float16, "r", shape=shape)
-    readable = np.isfinite(moments[:, 0, 0, 0, 0])
-    if not readable.any():
-        raise ValueError(f"{images.path}: none of its {len(images)} images can be read")
-    atomic_write(partial / "labels.npy", lambda f: np.save(f, np.where(readable, images.labels, -1)))
-    shutil.copy(vae.path, partial / "vae.pt")
-    error = show_reconstructions(images, vae, partial / "reconstructions.png", device, np.flatnonzero(readable))
-    print(f"mean error of the VAE {error:.3f} of 2; originals over reconstructions: {out}/reconstructions.png")
-    partial.rename(out)
-    print(f"wrote {readable.sum():,} of {len(images):,} images to {out}")
+def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu"):
+    """Encode images into the cache folder `out`; each process makes every WORLD-th part.
+
+    An unfinished cache is resumed, by any number of processes.
+    """
+    out = Path(out)
+    side = images.shape[0] // vae.factor
+    record = dict(
+        shape=[len(images), 2, 2 * vae.z_channels, side, side],
+        classes=images.classes,
+        scale=vae.scale,
+        image_size=images.shape[0],
+        vae_digest=vae.digest,
+        images=images.digest,
+        batch_size=batch_size,
+    )
+    start_parts(out, record)
+    paths = part_paths(out, -(-len(images) // PART))
+    for i in tqdm(missing_parts(paths), unit="part", desc=f"encoding to {out}", disable=RANK > 0):
+        part = Subset(images, range(i * PART, min(len(images), (i + 1) * PART)))
+        loader = DataLoader(part, batch_size, num_workers=workers, collate_fn=np.stack)
+        moments = np.concatenate([encode_moments(vae, batch, device) for batch in loader])
+        atomic_write(paths[i], lambda f: np.save(f, moments))
+    if RANK > 0:
+        return wait_for([out / "cache.json"])
+
+    wait_for(paths)
+    readable = np.concatenate([np.isfinite(open_part(path)[:, 0, 0, 0, 0]) for path in paths])
     for i in np.flatnonzero(~readable):
-        print(f"  left out, not readable: {printable(images.name(i))}")
+        print(f"left out, not readable: {images.name(i)}")
+    if not readable.any():
+        raise UserError(f"{images.path}: none of its {len(images)} images can be read")
+    error = show_reconstructions(images, vae, out / "reconstructions.png", device, readable)
+    labels = np.where(readable, images.labels, -1)
+    atomic_write(out / "labels.npy", lambda f: np.save(f, labels))
+    shutil.copy(vae.path, out / "vae.pt")
+    write_json(out / "cache.json", record)
+    print(f"wrote {readable.sum():,} of {len(images):,} images to {out}")
+    print(f"{len(images.classes)} classes: {shorten(images.classes)}")
+    print(f"latents are multiplied by the scale of {vae.path}, {vae.scale:.4f}")
+    print(f"mean error of the VAE {error:.3f} of 2, see {out}/reconstructions.png")
+    if error > 0.1:
+        print("warning: images will be blurred (0.02 is sharp); train a VAE: demo/train_vae.py")
 
 
 @torch.inference_mode()
-def show_reconstructions(images, vae, path, device, indices):
-    """Draw 16 of the images `indices` over their reconstructions; returns the mean error in units of [-1, 1]."""
-    originals = np.stack([images[i] for i in indices[np.linspace(0, len(indices) - 1, 16).astype(int)]])
-    batches = from_uint8(originals).to(device).split(4)
+def show_reconstructions(images, vae, path, device, readable):
+    """Draw 16 of the images where readable [N] over their reconstructions.
+
+    Returns the mean error in units of [-1, 1].
+    """
+    indices = np.flatnonzero(readable)
+    indices = indices[np.linspace(0, len(indices) - 1, 16).astype(int)]
+    originals = np.stack([images[i] for i in indices])
+    batches = from_uint8(originals, device).split(4)
     decoded = np.concatenate([to_uint8(vae.decode(vae.encode(x)[0])) for x in batches])
-    save_grid(np.concatenate([originals[:8], decoded[:8], originals[8:], decoded[8:]]), path, columns=8)
+    rows = [originals[:8], decoded[:8], originals[8:], decoded[8:]]
+    save_grid(np.concatenate(rows), path, columns=8)
     return np.abs(originals / 127.5 - decoded / 127.5).mean()
 
 
+@functools.lru_cache(maxsize=256)  # each is an open file, of which a process may have 1,024
+def open_part(path):
+    return np.load(path, mmap_mode="r")
+
+
 class LatentCache:
-    """A cache folder: `moments` and `labels` as above, memory-mapped, `latent_shape` (z, h, w), and cache.json."""
+    """A cache folder: `labels`, `latent_shape` (z, h, w), and what cache.json has."""
 
     def __init__(self, path):
-        self.path = path = Path(path)
-        if not (path / "cache.json").exists():
-            raise ValueError(f"{path}: not a latent cache; make, or finish, it: vae.py encode --data SRC --out {path}")
-        with readable(path, "latent cache"):
-            record = json.loads((path / "cache.json").read_text())
-            self.classes, self.scale, self.image_size = record["classes"], record["scale"], record["image_size"]
-            self.vae_digest, shape = record["vae_digest"], tuple(record["shape"])
-            self.info = dict(classes=self.classes, vae_digest=self.vae_digest, num_images=shape[0])
-            if (path / "moments.bin").stat().st_size != 2 * math.prod(shape) or shape[1] != 2 or shape[2] % 2:
-                raise ValueError("moments.bin does not have the size that cache.json tells")
-            self.moments = np.memmap(path / "moments.bin", np.float16, "r", shape=shape)
-            self.latent_shape = shape[2] // 2, *shape[3:]
-            self.labels = y = np.load(path / "labels.npy", allow_pickle=False)
-            if y.shape != shape[:1] or y.dtype != np.int64 or y.min() < -1 or y.max() >= len(self.classes):
-                raise ValueError("labels.npy does not fit the latents and classes of cache.json")
+        self.path = Path(path)
+        if not (self.path / "cache.json").exists():
+            command = f"python vae.py encode --data SRC --vae F --out {path}"
+            raise UserError(f"{path}: not a latent cache, or an unfinished one: {command}")
+        with user_file(path, "latent cache"):
+            record = json.loads((self.path / "cache.json").read_text())
+            self.num_images, _, channels, *side = record["shape"]
+            self.latent_shape = (channels // 2, *side)
+            self.classes = record["classes"]
+            self.scale = record["scale"]
+            self.image_size = record["image_size"]
+            self.vae_digest = record["vae_digest"]
+            self.info = {k: record[k] for k in ("classes", "vae_digest", "images")}
+            self.labels = np.load(self.path / "labels.npy", allow_pickle=False)
+            self.parts = part_paths(self.path, -(-self.num_images // PART))
+            for part in self.parts:
+                part.stat()
 
-    def __reduce__(self):
-        return LatentCache, (self.path,)  # a loader's worker maps the file itself
-
-
-# ---------------------------------------------------------------------------------------------- commands
-def train(args):
-    """Train an autoencoder by L1 + KL: LDM's losses without the perceptual and GAN terms. Run again to resume."""
-    if Path(args.out).exists() or Path(args.out).suffix == ".png":
-        raise ValueError(f"--out {args.out}: is there already, or is a picture's name; give another")
-    device, kl16 = pick_device(args.device), args.arch == "kl16"
-    dtype = pick_dtype(args.dtype, device)
-    torch.manual_seed(args.seed)
-    images = Images(args.data, args.image_size or (256 if kl16 else 32))
-    vae = AutoencoderKL(**ARCHS[args.arch]).to(device)
-    if images.shape[0] % vae.factor:
-        raise ValueError(f"--image-size {images.shape[0]}: must be a multiple of {vae.factor} for --arch {args.arch}")
-    peak_lr, warmup = args.lr or (1e-4 if kl16 else 4e-3), min(100, args.steps // 10 + 1)
-    optimizer = torch.optim.AdamW(vae.parameters(), peak_lr, betas=(0.9, 0.99), weight_decay=0.0)
-    partial = Path(f"{args.out}.partial")
-    flags = {k: v for k, v in vars(args).items() if k not in ("function", "device", "workers")}
-    first = resume(partial, vae, optimizer, flags) if partial.exists() else 0
-    order = torch.utils.data.RandomSampler(images, num_samples=args.steps * args.batch_size)
-    order = torch.tensor(list(order)).split(args.batch_size)[first:]
-    loader = torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.workers)
-    bar = tqdm(loader, unit="step", desc=f"VAE on {args.data}", initial=first, total=args.steps)
-    for step, batch in enumerate(bar, first):
-        torch.manual_seed(derive_seed(args.seed, step))  # a resumed run draws the same numbers
-        x = from_uint8(batch).to(device)
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
-        with autocast(device, dtype):
-            mean, logvar = (m.float() for m in vae.encode(x))
-            y = vae.decode(sample_posterior(mean, logvar, torch.randn_like(mean))).float()
-        l1 = (y - x).abs().mean()
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / x.numel()
-        optimizer.zero_grad(set_to_none=True)
-        (l1 + args.kl_weight * kl).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        optimizer.param_groups[0]["lr"] = peak_lr * min(1, (step + 1) / warmup) * cosine
-        optimizer.step()
-        if step % 100 == 99:
-            bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
-            state = dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, flags=flags)
-            atomic_write(partial, lambda f: torch.save(state, f))
-    save_vae(vae.eval().requires_grad_(False), images, args.out, device)
-    partial.unlink(missing_ok=True)
-
-
-def resume(partial, vae, optimizer, flags):
-    """Load an unfinished training of the same flags; returns its next step."""
-    with readable(partial, "unfinished VAE"):
-        state = load_file(partial)
-        if state["flags"] != flags:
-            raise ValueError("of other flags: finish it with those, or remove it")
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["step"]
-
-
-@torch.inference_mode()
-def save_vae(vae, images, out, device):
-    """Write the VAE in float16 with the scale of its latents, and a picture of reconstructions beside it."""
-    z = []  # posterior samples of up to 512 images, spread over the data
-    for part in torch.linspace(0, len(images) - 1, min(512, len(images))).long().split(32):
-        mean, logvar = vae.encode(from_uint8(np.stack([images[i] for i in part])).to(device))
-        z.append(sample_posterior(mean, logvar, torch.randn_like(mean)).double().flatten())
-    vae.scale, vae.image_size = 1 / torch.cat(z).std().item(), images.shape[0]
-    if not math.isfinite(vae.scale):
-        raise ValueError(f"the training diverged, {out} is not written; try a smaller --lr")
-    ckpt = dict(model={k: v.half() for k, v in vae.state_dict().items()}, scale=vae.scale, image_size=vae.image_size)
-    atomic_write(out, lambda f: torch.save(ckpt, f))
-    picture = Path(out).with_suffix(".png")
-    show_reconstructions(images, vae, picture, device, np.arange(len(images)))
-    print(f"wrote {out}, scale of the latents {vae.scale:.4f}; originals over reconstructions in {picture}")
+    def moments(self, indices, flips):
+        """float16 [..., 2 z, h, w] of the images `indices` [...]; flips [...]: 1 = mirrored."""
+        pairs = zip(indices.ravel().tolist(), flips.ravel().tolist())
+        rows = [open_part(self.parts[i // PART])[i % PART, flip] for i, flip in pairs]
+        return np.stack(rows).reshape(*indices.shape, *rows[0].shape)
 
 
 def encode(args):
-    """Encode images into a latent cache, with a picture of reconstructions beside originals."""
+    """Encode images into a latent cache, with a picture of originals over reconstructions."""
     device = pick_device(args.device)
+    if (Path(args.out) / "cache.json").exists():
+        raise UserError(f"{args.out}: is a complete cache; remove it or give another --out")
     images, vae = open_images(args, device)
-    encode_images(images, vae, args.out, args.batch_size, args.workers, device, pick_dtype(args.dtype, device))
+    encode_images(images, vae, args.out, args.batch_size, args.workers, device)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="train | encode")
-    for function in (train, encode):
-        p = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
-        p.set_defaults(function=function)
-        add = p.add_argument
-        add("--data", default=str(DEMO_DATA), help="folder of class folders, or .npz (default: %(default)s)")
-        add("--image-size", type=bounded(int, 1), help="pixels (default: 32, with kl16 256; of encode the VAE's own)")
-        add("--batch-size", type=bounded(int, 1), default=32, help="images (default: 32)")
-        add("--workers", type=bounded(int, 0), default=0, help="processes that read images (default: 0, this one)")
-        add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-        if function is train:
-            add("--out", default="runs/vae.pt", help="file to write (default: %(default)s)")
-            add("--arch", choices=ARCHS, default="small", help="kl16: the paper's; small: the demo's (default)")
-            add("--steps", type=bounded(int, 1), default=5000, help="optimiser steps (default: 5000)")
-            add("--lr", type=bounded(float, 0), help="peak learning rate, cosine to 0 (default: 4e-3, with kl16 1e-4)")
-            add("--kl-weight", type=bounded(float, 0), default=2e-3, help="weight of the KL term (default: 2e-3)")
-            add("--seed", type=bounded(int, 0), default=0, help="(default: 0)")
-            add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where the hardware has it)")
-        else:
-            add("--vae", help="VAE; kl16: the released one, fetched once (default: the bundled one for its own images)")
-            add("--out", default="runs/latents", help="cache folder to write or resume (default: %(default)s)")
-            add("--skip-bad", action="store_true", help="leave out images that cannot be read, and print their names")
-            add("--dtype", choices=["bf16", "fp32"], default="fp32", help="of the encoder (default: fp32)")
-    args = parser.parse_args()
-    args.function(args)
-
-
-# ---------------------------------------------------------------------------------------------- shared by all scripts
-def atomic_write(path, data):
-    """Write `data`, bytes or a function of the open file: PATH is replaced only once the new file is complete."""
-    path, tmp = Path(path), Path(f"{path}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "wb") as f:
-            f.write(data) if isinstance(data, bytes) else data(f)
-            f.flush()
-            os.fsync(f.fileno())
-        tmp.replace(path)
-    except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise OSError(getattr(e, "errno", errno.EIO), f"could not be written ({reason})", str(path)) from None
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def keep_settings(path, settings):
-    """Write the settings of an unfinished result to the JSON file `path`; refuse to continue one of other settings."""
-    text = json.dumps(settings).encode()
-    if path.exists() and path.read_bytes() != text:
-        raise ValueError(f"{path.parent}: unfinished, of other inputs or settings; finish it with those, or remove it")
-    atomic_write(path, text)
-
-
-def fetch(url, path):
-    """Download `url`, a checkpoint, to `path` unless it is there; only a complete file takes that name."""
-    while LOCAL_RANK > 0 and not path.exists():  # rank 0 of each machine fetches it
-        time.sleep(1)
-    if not path.exists():
-        part = path.with_name(path.name + ".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, part)
-            zipfile.ZipFile(part).close()
-        except Exception as e:  # of the network, of the disk, or of a file that was cut
-            raise OSError(f"could not fetch {url} ({e}); repeat the command, or put the file at {path}") from None
-        part.rename(path)
-    return path
-
-
-def fetch_released(name):
-    """Path of a file of the authors' repository, in torch's hub folder. HF_ENDPOINT names a mirror."""
-    folder = name if name == "vae" else f"transdiff_{name.lower().replace('-', '_')}"
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    url = f"{host}/zhendch/Transdiff/resolve/main/{folder}/checkpoint-last.pth"
-    return fetch(url, Path(torch.hub.get_dir()) / "transdiff" / folder / "checkpoint-last.pth")
-
-
-def class_index(flag, word, names, num_classes):
-    """Index of a class given as index or name, in upper or lower case."""
-    lower = [name.casefold() for name in names]
-    if word in names or word.casefold() in lower:
-        return names.index(word) if word in names else lower.index(word.casefold())
-    if word.isdecimal() and int(word) < num_classes:
-        return int(word)
-    raise ValueError(f"{flag} {word}: this model has classes {shorten([f'0 to {num_classes - 1}', *names])}")
-
-
-def shorten(names, n=20):
-    return ", ".join(names[:n]) + " ..." * (len(names) > n)
-
-
-def sha256_prefix(data):
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def derive_seed(*numbers):
-    """One seed, below 2^63, from several integers >= 0."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def per_image_noise(seed, indices, device):
-    """noise_sampler(x) whose row i is a function of (seed, indices[i]) alone, whatever else is in the batch."""
-    generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for i in indices]
-
-    def noise_sampler(x):  # drawn on the CPU: the same on every machine
-        noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
-        return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise
-
-    return noise_sampler
-
-
-def pick_device(name=None):
-    """torch.device of --device; default: a GPU if there is one, under torchrun one for each process."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: is not available ({str(e).splitlines()[0].split(',')[0][:200]})") from None
-
-
-def pick_dtype(name, device):
-    """torch.dtype of --dtype; default: bf16, or fp32 on hardware that would emulate bf16."""
-    cuda = device.type == "cuda"
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name or ("bf16" if native else "fp32")]
-
-
-def autocast(device, dtype):
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
-
-
-def cast_weights(module, dtype):
-    """Convert once the weights that autocast would convert at every call; the results are the same."""
-    for m in module.modules():
-        if isinstance(m, (nn.Linear, nn.Conv2d)):
-            m.to(dtype)
-    return module
-
-
-def bounded(kind, low, high=2**62):
-    """argparse type: an int or float from low to high."""
-
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {low} and at most {high:g}")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
-def error_line(e):
-    """One line for an error that a user can mend; None for a defect."""
-    text = (str(e).strip() or type(e).__name__).splitlines()
-    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
-        return "out of memory; lower --batch-size, or in training raise --accumulate"
-    if isinstance(e, RuntimeError) and "DataLoader" in str(e):
-        return "a process that reads data died or hangs (out of memory?); lower --workers"
-    if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile failed ({' '.join(text)[:200]}); --no-compile runs without it"
-    if isinstance(e, OSError):
-        return f"{e.filename}: {e.strerror}" if e.filename else text[-1]
-    if isinstance(e, ValueError):  # a loader's worker puts its traceback before the message
-        return text[-1].removeprefix("ValueError: ")
-
-
-def run_main(main):
-    """Run main(); an expected error becomes one line on stderr and exit status 2."""
-    argparse.ArgumentParser.print_usage = lambda *_: None  # a wrong flag is one line; --help has the usage
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit ends the loader's workers, a kill does not
-    try:
-        return main()
-    except KeyboardInterrupt:
-        line, status = "interrupted; repeat the command to continue", 130
-    except Exception as e:
-        line, status = error_line(e), 2
-        if line is None:
-            raise
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    sys.exit(status)
-
-
-def save_grid(images, path, columns, rows=(), heads=(), pad=2):
-    """Write uint8 images [N, H, W, 3] as one PNG, row by row, with names of the rows and heads over the columns."""
-    n, h, w = images.shape[:3]
-    num_rows, zoom, font = -(-n // columns), max(1, 64 // h), ImageFont.load_default(14)
-    cells = np.pad(images, ((0, num_rows * columns - n), (pad, 0), (pad, 0), (0, 0)), constant_values=255)
-    grid = cells.reshape(num_rows, columns, h + pad, w + pad, 3).swapaxes(1, 2).reshape(num_rows * (h + pad), -1, 3)
-    left, top = max([0, *(6 + int(font.getlength(name)) for name in rows)]), 20 * bool(heads)
-    picture = Image.fromarray(grid.repeat(zoom, 0).repeat(zoom, 1))
-    picture = ImageOps.expand(picture, (left, top, pad * zoom, pad * zoom), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, name in enumerate(rows):
-        draw.text((left, top + (i + 0.5) * zoom * (h + pad)), name, "black", font, "rm")
-    for i, name in enumerate(heads):
-        draw.text((left + (i + 0.5) * zoom * (w + pad), top), name, "black", font, "md")
-    atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("command", choices=["encode"])
+    add("--data", default=str(DEMO_DATA), help="images (default: %(default)s)")
+    add("--vae", help="VAE; kl16: the released one, fetched once (default: the bundled one)")
+    add("--out", default="runs/latents", help="cache folder to write or resume (%(default)s)")
+    add("--image-size", type=bounded(int, 1), help="pixels (default: those of the VAE's training)")
+    add("--batch-size", type=bounded(int, 1), default=32, help="images (default: 32)")
+    add(
+        "--workers", type=bounded(int, 0), default=0, help="processes that read images (default: 0)"
+    )
+    encode(parser.parse_args())
 
 
 if __name__ == "__main__":
