@@ -14,7 +14,7 @@ import csv
 import sys
 
 # model comes before torch: it sets how OpenMP's threads wait.
-from model import DEMO_MODEL, atomic_write, bounded, class_index, derive_seed, load_checkpoint
+from model import DEMO_MODEL, atomic_write, bounded, class_index, load_checkpoint
 from model import make_parser, per_image_noise, pick_device, run_main
 
 import torch
@@ -29,13 +29,13 @@ def similarity(features):
     features  [..., K, D]
     Returns float64 [..., K, K] in [-1, 1].
     """
-    A = F.normalize(features.double(), dim=-1)
+    A = F.normalize(features.cpu().double(), dim=-1)
     return A @ A.transpose(-1, -2)
 
 
 def mean_abs_offdiagonal(S):
     """Eq. 15 of S [..., K, K] -> [...]: mean |S_ij| over i != j, "excluding self-similarities"."""
-    different = ~torch.eye(S.shape[-1], dtype=torch.bool, device=S.device)
+    different = ~torch.eye(S.shape[-1], dtype=torch.bool)
     return S.abs()[..., different].mean(-1)
 
 
@@ -49,24 +49,22 @@ def chain_features(model, labels, seed):
     return model.ar(labels, references)
 
 
-def measure(model, args, device):
-    """Eq. 15, and the release's mean of all of S, each float64 [seeds, classes]."""
+def measure(model, seeds, device):
+    """Eq. 15, and the release's mean of all of S, of each class: two float64 [seeds, classes]."""
+    classes = torch.arange(model.config.num_classes, device=device).split(64)
     ours = []
     released = []
-    seeds = args.seeds if model.config.refs > 1 else 1
-    for i in range(seeds):
-        seed = derive_seed(args.seed, i)
-        classes = torch.arange(model.config.num_classes, device=device).split(args.batch_size)
+    for seed in range(seeds):
         matrices = [similarity(chain_features(model, y, seed)) for y in classes]
-        ours.append(torch.cat([mean_abs_offdiagonal(S) for S in matrices]).cpu())
-        released.append(torch.cat([S.mean((-1, -2)) for S in matrices]).cpu())
+        ours.append(torch.cat([mean_abs_offdiagonal(S) for S in matrices]))
+        released.append(torch.cat([S.mean((-1, -2)) for S in matrices]))
     return torch.stack(ours), torch.stack(released)
 
 
 def draw_heatmap(S, refs, path):
     """Write S [K, K] as a PNG of at least 512 px: -1 blue, 0 white, 1 red; lines between images."""
     zoom = -(-512 // len(S))
-    grey = Image.fromarray(((S + 1) * 127.5).round().byte().cpu().numpy())
+    grey = Image.fromarray(((S + 1) * 127.5).round().byte().numpy())
     picture = ImageOps.colorize(grey, black=(30, 60, 160), mid="white", white=(180, 20, 30))
     picture = ImageOps.scale(picture, zoom, Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
@@ -82,11 +80,8 @@ def main():
     add = parser.add_argument
     add("--ckpt", nargs="+", default=[DEMO_MODEL], help="models (default: the bundled one)")
     add("--seeds", type=bounded(int, 1), default=4, help="chains per class, MRAR only (default: 4)")
-    add("--seed", type=bounded(int, 0), default=0, help="(default: 0)")
-    add("--per-class", action="store_true", help="a row for each class too")
     add("--heatmap", metavar="CLASS", help="write S of this class (index or name) to --out")
     add("--out", default="runs/similarity.png", help="picture of --heatmap (default: %(default)s)")
-    add("--batch-size", type=bounded(int, 1), default=64, help="chains at once (default: 64)")
     args = parser.parse_args()
     device = pick_device(args.device)
 
@@ -95,22 +90,13 @@ def main():
     for ckpt in tqdm(args.ckpt, unit="checkpoint"):
         model = load_checkpoint(ckpt, device)
         label = class_index("--heatmap", args.heatmap, model) if args.heatmap else None
-        ours, released = measure(model, args, device)
+        ours, released = measure(model, args.seeds if model.config.refs > 1 else 1, device)
         over_classes = ours.mean(0).std(correction=0)
         over_seeds = ours.std(0, correction=0).mean()
         numbers = [ours.mean(), over_classes, over_seeds, released.mean()]
-        step = model.info.get("step", 0)
-        table.writerow([step, ckpt, *(f"{x:.4f}" for x in numbers)])
-        if args.per_class:
-            names = model.info.get("classes", range(model.config.num_classes))
-            spread = ours.std(0, correction=0)
-            for k, name in enumerate(names):
-                numbers = [ours.mean(0)[k], spread[k], released.mean(0)[k]]
-                mean, deviation, whole = (f"{x:.4f}" for x in numbers)
-                table.writerow([step, name, mean, "", deviation, whole])
+        table.writerow([model.info.get("step", 0), ckpt, *(f"{x:.4f}" for x in numbers)])
     if args.heatmap:
-        y = torch.tensor([label], device=device)
-        S = similarity(chain_features(model, y, derive_seed(args.seed, 0)))[0]
+        S = similarity(chain_features(model, torch.tensor([label], device=device), seed=0))[0]
         draw_heatmap(S, model.config.refs, args.out)
         print(f"wrote S of {args.heatmap} to {args.out}: -1 blue, 0 white, 1 red", file=sys.stderr)
 

@@ -1,10 +1,11 @@
 """Stage 4: FID, Inception Score, precision and recall of samples (the measures of Tables 1-3).
 
-    python fid.py --samples samples.npz --ref VIRTUAL_imagenet256_labeled.npz   ADM's batch, as the
-                                                                                paper
-    python fid.py --samples train/ --image-size 256 --save-stats stats.npz      then --ref stats.npz
-    python fid.py --samples samples.npz --ref SRC --net demo/features.pt        not FID: distances in
-                                                                                another network
+    python fid.py --samples samples.npz --ref VIRTUAL_imagenet256_labeled.npz
+        against ADM's reference batch, as the paper
+    python fid.py --samples train/ --image-size 256 --save-stats stats.npz
+        statistics of a large set, for --ref stats.npz
+    python fid.py --samples samples.npz --ref SRC --net demo/features.pt
+        in the features of another network: distances, not FID
 
 Samples and reference are folders of images or .npz files of uint8 images (arr_0 or images). A
 TorchScript file is a program that runs when it is loaded: name only networks that you trust.
@@ -104,7 +105,7 @@ def precision_recall(samples, reference, k=3, device="cpu"):
 
 # -------------------------------------------------------------------------------- features
 def load_net(path, device):
-    """TorchScript network, as NVIDIA's Inception is called.
+    """(network, D) of a TorchScript file that is called like NVIDIA's Inception.
 
     net(x, return_features=True)  features [N, D] of images x uint8 [N, 3, H, W]
     net(x, no_output_bias=True)   class probabilities [N, K]
@@ -114,8 +115,8 @@ def load_net(path, device):
         with torch.inference_mode():
             image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device)
             net(image, no_output_bias=True)
-            net(image, return_features=True)
-    return net
+            width = net(image, return_features=True).shape[1]
+    return net, width
 
 
 @torch.inference_mode()
@@ -136,49 +137,34 @@ def extract(net, images, args, device):
     return features, torch.cat(probs)
 
 
-def read_stats(path, network, shape):
-    """(mu, sigma) of an .npz, float64, or None where it has only images.
+def open_reference(path, network, width, shape):
+    """(Images, (mu, sigma)) of --ref, None for what it does not have.
 
     ADM's reference batches have both: the statistics are of more images than the batch.
     """
-    if not path.endswith(".npz") or not Path(path).is_file():
-        return None
-    with user_file(path, ".npz of images or statistics"), np.load(path) as data:
-        arrays = {k: data[k] for k in ("mu", "sigma", "network", "image_size") if k in data}
-    if "mu" not in arrays or "sigma" not in arrays:
-        return None
-    # ADM's files name neither network nor size.
-    if str(arrays.get("network", network)) != network:
-        raise UserError(f"--ref {path}: statistics of another network; make new ones: --save-stats")
-    size = tuple(arrays.get("image_size", shape))
-    if size != shape:
-        raise UserError(
-            f"--ref {path}: statistics of {size} px, the samples are {shape}: --image-size"
-        )
-    mu = torch.from_numpy(arrays["mu"].astype(np.float64))
-    sigma = torch.from_numpy(arrays["sigma"].astype(np.float64))
-    if not (mu.isfinite().all() and sigma.isfinite().all()):
-        raise UserError(f"--ref {path}: mu or sigma is not finite")
-    return mu, sigma
-
-
-def open_reference(path, shape):
-    """Images of --ref in the size of the samples; None where it has only statistics."""
-    if path.endswith(".npz") and Path(path).is_file():
-        with np.load(path) as data:
-            if "arr_0" not in data and "images" not in data and "mu" in data:
-                return None
+    stats = None
+    arrays = {}
+    if path.endswith(".npz"):
+        with user_file(path, ".npz of images or statistics"), np.load(path) as data:
+            names = set(data.files)
+            arrays = {k: data[k] for k in names & {"mu", "sigma", "network", "image_size"}}
+    if "mu" in arrays and "sigma" in arrays:
+        # ADM's files name neither network nor size.
+        size = tuple(arrays.get("image_size", shape))
+        if str(arrays.get("network", network)) != network or size != shape:
+            raise UserError(
+                f"--ref {path}: statistics of another network, or of {size} px instead of {shape}; "
+                "make them again: --save-stats, with this --net and --image-size"
+            )
+        stats = [torch.from_numpy(arrays[k]).double() for k in ("mu", "sigma")]
+        if stats[1].shape != (width, width) or not stats[1].isfinite().all():
+            raise UserError(f"--ref {path}: sigma is not a finite covariance of {width} features")
+        if not names & {"arr_0", "images"}:
+            return None, stats
     reference = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
     if reference.shape != shape:
         raise UserError(f"--ref {path}: {reference.shape} px, the samples {shape}: --image-size N")
-    return reference
-
-
-def accuracy(p, samples, classes):
-    """Part of the samples [N] that the network takes for their class, matched by name."""
-    names = [samples.classes[k] for k in samples.labels]
-    guesses = [classes[k] for k in p.argmax(1)]
-    return np.mean([name == guess for name, guess in zip(names, guesses)])
+    return reference, stats
 
 
 # -------------------------------------------------------------------------------- command
@@ -209,48 +195,55 @@ def main():
     path = args.net or fetch(
         INCEPTION, Path(torch.hub.get_dir(), "transdiff", Path(INCEPTION).name)
     )
-    net = load_net(path, device)
+    net, width = load_net(path, device)
     network = sha256_prefix(Path(path).read_bytes())
     samples = Images(args.samples, args.image_size, labelled=False)
     stats = reference = None
     if args.ref:
-        stats = read_stats(args.ref, network, samples.shape)
-        reference = open_reference(args.ref, samples.shape)
+        reference, stats = open_reference(args.ref, network, width, samples.shape)
     for images in (samples, reference):
-        if images is not None and len(images) < 10:
+        if images and len(images) < 10:
             raise UserError(f"{images.path}: has {len(images)} images; 10 or more are needed")
 
     features, p = extract(net, samples, args, device)
     mu, sigma = mean_and_covariance(features)
-    score, deviation = inception_score(p)
-    prefix = "" if args.net else "inception_"
-    result = {f"{prefix}score": score, f"{prefix}score_std": deviation}
+    name = "" if args.net else "inception_"
+    result = dict(zip((f"{name}score", f"{name}score_std"), inception_score(p)))
     if reference:
         ref_features, _ = extract(net, reference, args, device)
         stats = stats or mean_and_covariance(ref_features)
-        precision, recall = precision_recall(features, ref_features, device=device)
-        result.update(precision=precision, recall=recall)
+        measures = precision_recall(features, ref_features, device=device)
+        result.update(zip(("precision", "recall"), measures))
     if stats:
         result["frechet_distance" if args.net else "fid"] = frechet_distance(mu, sigma, *stats)
-    classes = getattr(net, "classes", [])  # of demo/train_features.py
-    if {samples.classes[k] for k in samples.labels} <= set(classes):
-        result["accuracy"] = accuracy(p, samples, classes)
+    known = getattr(net, "classes", [])  # of demo/train_features.py
+    labels = [samples.classes[k] for k in samples.labels]
+    if set(labels) <= set(known):  # matched by name
+        guesses = [known[k] for k in p.argmax(1)]
+        result["accuracy"] = np.mean(np.array(guesses) == np.array(labels))
+    report(args, samples, known, result)
 
-    print(f"{args.samples}: {len(samples):,} images of {samples.shape} px, features of {path}")
-    if classes:
-        print(f"this network knows {shorten(classes)}; of other images its numbers mean little")
+    if args.save_stats:
+        stats = dict(mu=mu, sigma=sigma, network=network, image_size=samples.shape)
+        atomic_write(args.save_stats, lambda f: np.savez(f, **stats))
+        print(f"wrote the statistics of {args.samples} to {args.save_stats}")
+    if args.json:
+        inputs = dict(network=network, samples=args.samples, reference=args.ref)
+        write_json(args.json, dict(result, num_samples=len(samples), **inputs))
+
+
+def report(args, samples, known, result):
+    net = args.net or "Inception"
+    print(
+        f"{args.samples}: {len(samples):,} images of {samples.shape} px, in the features of {net}"
+    )
     for name, value in result.items():
         print(f"  {name:24}{value:10.4f}")
+    if known:
+        print(f"{net} was trained on {shorten(known)}; of other images its numbers mean little")
     if len(samples) < 10_000:
         warning = "a distance of fewer than 10,000 samples is biased upwards"
         print(f"fid.py: warning: {warning}", file=sys.stderr)
-    if args.save_stats:
-        arrays = dict(mu=mu, sigma=sigma, network=network, image_size=samples.shape)
-        atomic_write(args.save_stats, lambda f: np.savez(f, **arrays))
-        print(f"wrote the statistics of {args.samples} to {args.save_stats}")
-    if args.json:
-        result.update(network=network, samples=args.samples, reference=args.ref)
-        write_json(args.json, dict(result, num_samples=len(samples)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Stage 2: fine-tune a 1-step model with Multi-Reference Autoregression (Section 3.2.2; Appendix B).
+"""Stage 2: fine-tune a 1-step model with Multi-Reference Autoregression (Section 3.2.2).
 
     python finetune_mrar.py                               the XS demo, after python train.py
-    torchrun --nproc_per_node 8 finetune_mrar.py --init runs/B    the paper's recipe
+    torchrun --nproc_per_node 8 finetune_mrar.py --init runs/B    the recipe of Appendix B
 
-The loop is train.py's. What differs: a sample is a chain of `refs` images of one class (Eq. 11), the
-mask is block-causal (Figure 3 e), and the run starts from stage 1, with its size and its images: the
-mask embedding is copied into every mask token.
+The loop is train.py's. What differs: a sample is a chain of `refs` images of one class (Eq. 11),
+the mask is block-causal (Figure 3 e), and the run starts from stage 1, with its size and its
+images: the mask embedding is copied into every mask token.
 """
 
 from pathlib import Path

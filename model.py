@@ -550,49 +550,34 @@ class TransDiff(nn.Module):
         return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
 
     @torch.no_grad()
-    def sample(
-        self,
-        labels,
-        refs=None,
-        noise=None,
-        noise_sampler=None,
-        references=None,
-        on_step=None,
-        **settings,
-    ):
+    def sample(self, labels, refs=None, noise=None, references=None, **settings):
         """Algorithms 1 and 2: draw a chain image by image; the last image is the result.
 
         Fed back is the latent of the image (Eq. 11), as in the release; Algorithm 2 says c_k.
 
-        labels         int64 [B] in [0, num_classes)
-        refs           length of the chain, at most config.refs (default: config.refs)
-        noise          [B, C, H, W], standard normal: every image of a chain starts from it, as in
-                       the release
-        noise_sampler  as for euler_maruyama; also draws `noise` where that is not given
-        references     latents [B, k, C, H, W], k < refs: the first images of the chains
-        settings       steps, cfg (a number, or a list: one for each image), cfg_below, sampler, s1, s2, as
-                       for decode; null_refs: the null class sees the references too, as in the
-                       release. None: as in self.sampling
+        labels      int64 [B] in [0, num_classes)
+        refs        length of the chain, at most config.refs (default: config.refs)
+        noise       [B, C, H, W], standard normal: every image of a chain starts from it, as in the
+                    release (default: drawn by the noise_sampler)
+        references  latents [B, k, C, H, W], k < refs: the first images of the chains
+        settings    as for decode; of these, cfg may be a list, one for each image; and null_refs:
+                    the null class sees the references too, as in the release
+                    (default, and where None: self.sampling)
         Returns the chain [B, refs, C, H, W].
         """
         config = self.config
         refs = refs or config.refs
         settings = self.merge_settings(settings)
+        null_refs = settings.pop("null_refs")
         cfg = settings.pop("cfg")
         cfg = cfg if isinstance(cfg, list) else [cfg] * refs
-        null_refs = settings.pop("null_refs")
-        null = torch.full_like(labels, config.num_classes)
-        if not 1 <= refs <= min(config.refs, len(cfg)):
-            raise UserError(
-                f"refs {refs}, cfg {cfg}: this model draws chains of 1 to {config.refs} images and "
-                "takes one cfg, or one for each"
-            )
-        if not labels.is_meta and not 0 <= labels.min() <= labels.max() < null[0]:
-            raise UserError(f"labels {labels.tolist()}: must be 0 to {config.num_classes - 1}")
-        noise_sampler = noise_sampler or torch.randn_like
+        self.check_sample(labels, refs, cfg)
         if noise is None:
-            empty = torch.empty(len(labels), *config.latent_shape, device=labels.device)
-            noise = noise_sampler(empty)
+            noise_sampler = settings.get("noise_sampler", torch.randn_like)
+            noise = noise_sampler(
+                torch.empty(len(labels), *config.latent_shape, device=labels.device)
+            )
+        null = torch.full_like(labels, config.num_classes)
 
         chain = noise[:, None][:, :0] if references is None else references
         for k in range(chain.shape[1], refs):
@@ -600,15 +585,13 @@ class TransDiff(nn.Module):
             c_null = None
             if cfg[k] != 1:
                 c_null = self.encode(null, chain if null_refs else None)
-            x = self.decode(
-                c, noise, c_null, cfg[k], noise_sampler=noise_sampler, on_step=on_step, **settings
-            )
+            x = self.decode(c, noise, c_null, cfg[k], **settings)
             chain = torch.cat([chain, x[:, None]], dim=1)
         return chain
 
-    def merge_settings(self, given):
-        """self.sampling, replaced by the given settings that are not None."""
-        given = {k: v for k, v in given.items() if v is not None}
+    def merge_settings(self, settings):
+        """self.sampling, replaced by the settings that are not None."""
+        given = {k: v for k, v in settings.items() if v is not None}
         merged = {**self.sampling, **given}
         if merged["sampler"] == "adams-bashforth" and {"s1", "s2"} & set(given):
             raise UserError(
@@ -616,6 +599,15 @@ class TransDiff(nn.Module):
                 "and the steps to 25 or more"
             )
         return merged
+
+    def check_sample(self, labels, refs, cfg):
+        config = self.config
+        if not 1 <= refs <= config.refs:
+            raise UserError(f"refs {refs}: this model draws chains of 1 to {config.refs} images")
+        if len(cfg) < refs:
+            raise UserError(f"cfg {cfg}: give one number, or one for each of {refs} images")
+        if not labels.is_meta and not 0 <= labels.min() <= labels.max() < config.num_classes:
+            raise UserError(f"labels {labels.tolist()}: must be 0 to {config.num_classes - 1}")
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -685,7 +677,7 @@ def read_weights(ckpt, *names):
 
 
 def config_from_shapes(state):
-    """Config of weights under our names. Heads are in no shape: 16 at width 1280, else width / 64."""
+    """Config of weights under our names. Heads: 16 at width 1280, else width / 64."""
 
     def depth(prefix):
         return 1 + max(int(k.split(".")[2]) for k in state if k.startswith(prefix))
@@ -822,7 +814,7 @@ LOCKS = []  # open files: closing one would give up its lock
 
 
 def lock(folder):
-    """Refuse to write to a folder that another command writes to. The lock ends with the process."""
+    """Refuse a folder that another command writes to. The lock ends with the process."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -155,31 +155,39 @@ def draw(model, vae, labels, first, args, on_step):
     return images.reshape(*chain.shape[:2], *images.shape[1:])
 
 
-def write_npz(model, vae, labels, classes, args):
+def write_npz(model, vae, labels, names, args):
     """Draw the last image of each chain into args.out, in ADM's format: arr_0 uint8 [N, H, W, 3],
     arr_1 int64 [N], and the names of the classes.
 
     Each process draws every WORLD-th batch; an unfinished set is resumed, by any number of them.
     """
+    size = args.batch_size
     partial = Path(f"{args.out}.partial")
-    settings = dict(model.sampling, seed=args.seed, refs=args.refs, dtype=args.dtype)
-    settings.update(batch_size=args.batch_size, labels=labels.tolist())
-    start_parts(partial, dict(settings, vae=vae.digest, model=model.info["file"]))
-    batches = labels.split(args.batch_size)
+    batches = labels.split(size)
+    settings = dict(
+        model.sampling,
+        refs=args.refs,
+        seed=args.seed,
+        batch_size=size,
+        dtype=args.dtype,
+        labels=labels.tolist(),
+        vae=vae.digest,
+        model=model.info["file"],
+    )
+    start_parts(partial, settings)
     paths = part_paths(partial, len(batches))
     mine = missing_parts(paths)
     total = len(mine) * args.refs * model.sampling["steps"]
     bar = tqdm(total=total, unit="step", disable=RANK > 0)
     for i in mine:
-        images = draw(model, vae, batches[i], i * args.batch_size, args, bar.update)[:, -1]
-        atomic_write(paths[i], lambda f: np.save(f, images))
-    if RANK > 0:
-        return
-    wait_for(paths)
-    arrays = dict(arr_0=np.concatenate([np.load(path) for path in paths]))
-    arrays.update(arr_1=labels.cpu().numpy(), classes=np.array(classes))
-    atomic_write(args.out, lambda f: np.savez(f, **arrays))
-    shutil.rmtree(partial)
+        images = draw(model, vae, batches[i], i * size, args, bar.update)
+        atomic_write(paths[i], lambda f: np.save(f, images[:, -1]))
+    if RANK == 0:
+        wait_for(paths)
+        images = np.concatenate([np.load(path) for path in paths])
+        arrays = dict(arr_0=images, arr_1=labels.cpu().numpy(), classes=np.array(names))
+        atomic_write(args.out, lambda f: np.savez(f, **arrays))
+        shutil.rmtree(partial)
 
 
 def features(model, labels, args, on_step):
@@ -187,7 +195,7 @@ def features(model, labels, args, on_step):
     chain = None
     if args.refs > 1:
         noise_sampler = per_image_noise(args.seed, range(len(labels)))
-        chain = model.sample(labels, args.refs - 1, None, noise_sampler, None, on_step)
+        chain = model.sample(labels, args.refs - 1, noise_sampler=noise_sampler, on_step=on_step)
     return model.encode(labels, chain)
 
 

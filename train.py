@@ -177,16 +177,21 @@ def train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model, ema, optimizer = build(args, cache, last, start, device)
     run = Run(args, cache, model, ema, optimizer, last, device)
-    batches = run.batches()
+    batches = DataLoader(
+        run.chains,
+        batch_size=None,  # an item is a batch
+        sampler=range(run.step, run.steps),
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",
+    )
     forward = parallelize(model, args)
 
-    for step in range(run.step, run.steps):
+    for step, (moments, labels) in enumerate(batches, run.step):
         # Seeds the posterior, dropped labels, t, noise, dropout: a resumed run draws the same.
         torch.manual_seed(derive_seed(args.seed, step, RANK))
         lr = learning_rate(step, run.steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        moments, labels = next(batches)
         parts = zip(moments.chunk(run.accumulate), labels.chunk(run.accumulate))
         mean_loss = 0.0
         for i, (m, y) in enumerate(parts):
@@ -246,15 +251,15 @@ def resolve_flags(args, last, start, device):
     # Of --init: its size, its images, and how they were used.
     if start:
         config, _, ckpt = start
-        fill(dict(size=next(k for k, v in SIZES.items() if v.width == config.width)))
+        for name, size in SIZES.items():
+            if size.width == config.width:
+                fill(dict(size=name))
         before = ckpt.get("args", {})
         fill({k: before[k] for k in ("data", "holdout", "mirror") if k in before})
     # The recipe of this size and stage.
     fill(dict(size="XS", refs=4, only_decoder=False))
-    recipe = "MRAR" if args.refs > 1 else "512 px" if args.only_decoder else "1-step"
-    if args.size == "XS":
-        recipe = "XS MRAR" if args.refs > 1 else "XS 1-step"
-    fill(RECIPES[recipe])
+    stage = "MRAR" if args.refs > 1 else "512 px" if args.only_decoder else "1-step"
+    fill(RECIPES.get(f"{args.size} {stage}", RECIPES[stage]))
     # What depends on the machine, and the rest.
     cuda = device.type == "cuda"
     dtype = "bf16" if pick_dtype(None, device) == torch.bfloat16 else "fp32"
@@ -279,24 +284,23 @@ def answer_changes(args, saved):
 def open_cache(args, start, device):
     """The cache at --data; images are encoded first, into a cache beside OUT named after them."""
     path = Path(args.data)
-    digest = start[2].get("vae_digest") if start else None
-    if path.suffix == ".npz" or path.is_dir() and not (path / "settings.json").exists():
+    encoded = path.suffix != ".npz" and (path / "settings.json").exists()
+    if encoded or not path.exists():
+        if args.vae or args.image_size:
+            raise UserError(f"--data {path}: is a cache; leave out --vae and --image-size")
+        digest = LatentCache(path).vae_digest
+    else:
         images, vae = open_images(args, device)
-        if digest not in (None, vae.digest):
-            raise UserError(f"--init {args.init}: was trained on the latents of another VAE")
-        cache_id = sha256_prefix((images.digest + vae.digest).encode())
+        digest = vae.digest
+        cache_id = sha256_prefix((images.digest + digest).encode())
         path = Path(args.out).parent / f"latents-{path.stem}-{images.shape[0]}-{cache_id}"
-        if not (path / "cache.json").exists():
-            encode_images(images, vae, path, device=device)
-    cache = LatentCache(path)
-    if digest not in (None, cache.vae_digest):
+    if start and start[2].get("vae_digest", digest) != digest:
         raise UserError(f"--init {args.init}: was trained on the latents of another VAE")
-    digest = load_vae(args.vae).digest if args.vae else cache.vae_digest
-    if (digest, args.image_size or cache.image_size) != (cache.vae_digest, cache.image_size):
-        raise UserError(f"{path}: latents of another --vae or --image-size; leave those flags out")
+    if not (path / "cache.json").exists():
+        encode_images(images, vae, path, device=device)
     if RANK == 0:
-        print(f"images from {path}, encoded {time.ctime((path / 'cache.json').stat().st_mtime)}")
-    return cache
+        print(f"latents from {path}, of {time.ctime((path / 'cache.json').stat().st_mtime)}")
+    return LatentCache(path)
 
 
 def build(args, cache, last, start, device):
@@ -341,26 +345,25 @@ def warm_start(model, start, classes, path):
     """
     old, state, ckpt = start
     new = model.config
-    state = {**model.state_dict(), **state}
+    state = dict(state)
     done = []
     if old.refs == 1 and new.refs > 1:
         state["ar.mask_tokens"] = state["ar.mask_tokens"].expand(-1, new.tokens_per_image, -1)
+        state.update({k: v for k, v in model.state_dict().items() if "reference_proj" in k})
         done.append(f"mask embedding copied into {new.tokens_per_image} mask tokens")
     if old.latent_size != new.latent_size and old.refs == new.refs == 1:
         grid = state["decoder.positions"].unflatten(1, (old.latent_size, -1)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=new.latent_size, mode="bicubic", align_corners=False)
         state["decoder.positions"] = grid.flatten(2).transpose(1, 2)
         done.append(f"decoder positions interpolated, {old.latent_size} -> {new.latent_size}")
-    same_number = old.num_classes == new.num_classes
-    old_classes = ckpt.get("classes", classes if same_number else [])
-    if old_classes != classes:
+    names = ckpt.get("classes", classes if old.num_classes == new.num_classes else [])
+    if names != classes:
         embeddings = model.ar.class_embedding.weight.clone()
-        unknown = [name for name in classes if name not in old_classes]
         for k, name in enumerate(classes):
-            if name in old_classes:
-                row = old_classes.index(name)
-                embeddings[k] = state["ar.class_embedding.weight"][row]
+            if name in names:
+                embeddings[k] = state["ar.class_embedding.weight"][names.index(name)]
         state["ar.class_embedding.weight"] = embeddings
+        unknown = [name for name in classes if name not in names]
         done.append(f"class embeddings matched by name; new: {shorten(unknown)}")
     if RANK == 0 and done:
         print(f"{path}: {'; '.join(done)}")
@@ -450,17 +453,6 @@ class Run:
         self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=RANK > 0)
         self.saved = time.time()
         self.start_log()
-
-    def batches(self):
-        return iter(
-            DataLoader(
-                self.chains,
-                batch_size=None,
-                sampler=range(self.step, self.steps),
-                num_workers=self.args.workers,
-                pin_memory=self.device.type == "cuda",
-            )
-        )
 
     def announce(self, num_params):
         """Print what will be trained."""
@@ -558,8 +550,8 @@ class Run:
             names.append(f"ema-{self.step:07d}.pt")
         for name in names:
             atomic_write(self.out / name, lambda f: torch.save(dict(info, model=weights), f))
-        machine = ("out", "resume", "init", "device", "compile", "workers")
-        flags = {k: v for k, v in vars(self.args).items() if k not in machine}
+        here = ("out", "resume", "init", "vae", "image_size", "device", "compile", "workers")
+        flags = {k: v for k, v in vars(self.args).items() if k not in here}
         last = dict(
             info,
             model=self.model.state_dict(),

@@ -188,8 +188,8 @@ def load_vae(path, device="cpu", model=None):
 
     path   a file, or "kl16": the released one, fetched once
     model  TransDiff: refuse a VAE that is not the one of its latents
-    Besides its weights it has scale (1 / standard deviation of its latents), image_size (that of its
-    training), path and digest (of its file, recorded with the latents it makes).
+    Besides its weights it has scale (1 / standard deviation of its latents), image_size (that of
+    its training), path and digest (of its file, recorded with the latents it makes).
     """
     path = fetch_released("vae") if path == "kl16" else Path(path)
     ckpt = load_file(path)
@@ -368,7 +368,7 @@ def read_npz(path, labelled):
         labels = labels.reshape(-1).astype(np.int64)
         classes = arrays.get("classes", np.arange(labels.max() + 1))
         if labels.max() < len(classes):
-            return images, labels, [str(name) for name in classes]
+            return images, labels, list(map(str, classes))
     if labelled:
         expected = "labels (or arr_1), an integer from 0 for each image, and below len(classes)"
         raise UserError(f"{path}: has {has}; expected {expected}")
@@ -447,8 +447,8 @@ def open_images(args, device):
 
 # -------------------------------------------------------------------------------- the latent cache
 # DIR/settings.json  what it is made from; written first
-# DIR/00000.npy ...  float16 [1024, 2, 2 z, h, w]: mean and log-variance of each crop ([:, 0]) and of
-#                    its mirror image ([:, 1]), NaN where the image cannot be read
+# DIR/00000.npy ...  float16 [1024, 2, 2 z, h, w]: mean and log-variance of each crop ([:, 0]) and
+#                    of its mirror image ([:, 1]), NaN where the image cannot be read
 # DIR/labels.npy     int64 [N]; -1 where the image cannot be read
 # DIR/vae.pt         the VAE
 # DIR/cache.json     shape [N, 2, 2 z, h, w], classes, scale, image_size, vae_digest; written last
@@ -517,13 +517,13 @@ def show_reconstructions(images, vae, path, device, readable):
 
     Returns the mean error in units of [-1, 1].
     """
-    indices = np.flatnonzero(readable)
-    indices = indices[np.linspace(0, len(indices) - 1, 16).astype(int)]
-    originals = np.stack([images[i] for i in indices])
+    chosen = np.flatnonzero(readable)
+    chosen = chosen[np.linspace(0, len(chosen) - 1, 16).astype(int)]
+    originals = np.stack([images[i] for i in chosen])
     batches = from_uint8(originals, device).split(4)
     decoded = np.concatenate([to_uint8(vae.decode(vae.encode(x)[0])) for x in batches])
-    rows = [originals[:8], decoded[:8], originals[8:], decoded[8:]]
-    save_grid(np.concatenate(rows), path, columns=8)
+    pairs = np.stack([originals, decoded]).reshape(2, 2, 8, *originals.shape[1:])
+    save_grid(pairs.swapaxes(0, 1).reshape(32, *originals.shape[1:]), path, columns=8)
     return np.abs(originals / 127.5 - decoded / 127.5).mean()
 
 
@@ -556,18 +556,9 @@ class LatentCache:
 
     def moments(self, indices, flips):
         """float16 [..., 2 z, h, w] of the images `indices` [...]; flips [...]: 1 = mirrored."""
-        pairs = zip(indices.ravel().tolist(), flips.ravel().tolist())
+        pairs = zip(indices.flat, flips.flat)
         rows = [open_part(self.parts[i // PART])[i % PART, flip] for i, flip in pairs]
         return np.stack(rows).reshape(*indices.shape, *rows[0].shape)
-
-
-def encode(args):
-    """Encode images into a latent cache, with a picture of originals over reconstructions."""
-    device = pick_device(args.device)
-    if (Path(args.out) / "cache.json").exists():
-        raise UserError(f"{args.out}: is a complete cache; remove it or give another --out")
-    images, vae = open_images(args, device)
-    encode_images(images, vae, args.out, args.batch_size, args.workers, device)
 
 
 def main():
@@ -582,7 +573,12 @@ def main():
     add(
         "--workers", type=bounded(int, 0), default=0, help="processes that read images (default: 0)"
     )
-    encode(parser.parse_args())
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    if Path(args.out, "cache.json").exists():
+        raise UserError(f"{args.out}: is a complete cache; remove it or give another --out")
+    images, vae = open_images(args, device)
+    encode_images(images, vae, args.out, args.batch_size, args.workers, device)
 
 
 if __name__ == "__main__":
