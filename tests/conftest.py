@@ -1,4 +1,4 @@
-"""Fixtures of all tests: `command` runs a script as a user does, `garments` are a few of the bundled images."""
+"""Fixtures of all tests: `command` runs a script as a user does, `garments` are bundled images."""
 
 import multiprocessing
 import os
@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-# A second thread gains nothing for models this small, and beside other programs it makes the tests ten times slower.
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+# Before torch is imported. A second thread gains nothing for models this small, and beside other
+# programs it makes the tests ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# If there are more threads after all, those that wait do not spin for long; as in model.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -30,7 +33,9 @@ def pytest_collection_modifyitems(config, items):
 
 # Most commands take less time than importing torch, so they are forked from a process that has imported it.
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["torch", "torch._dynamo", "torch.utils.data", "numpy", "PIL.Image", "tqdm"])
+forks.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.utils.data", "numpy", "PIL.Image", "tqdm"]
+)
 
 
 def run_script(argv, folder, env, out, err):
@@ -46,31 +51,41 @@ def run_script(argv, folder, env, out, err):
 
 @pytest.fixture
 def command(tmp_path, tmp_path_factory):
-    """command("sample.py --n 2", expect=0) runs a script in an empty folder and returns (stdout, stderr).
+    """command("sample.py --n 2", expect=0) runs a script in an empty folder.
 
-    expect    the exit status; for 2 the last line on stderr has to be a short message and no traceback
+    Returns (stdout, stderr).
+    expect    the exit status; for 2 the last line on stderr has to be a short message, and there
+              must be no traceback
     env       environment variables to add
     launcher  what to run the script with, e.g. torchrun (default: a fork with torch already imported)
     """
     logs = tmp_path_factory.mktemp("logs")
 
     def fork(argv, env):
-        process = forks.Process(target=run_script, args=(argv, tmp_path, env, logs / "out", logs / "err"))
+        process = forks.Process(
+            target=run_script, args=(argv, tmp_path, env, logs / "out", logs / "err")
+        )
         process.start()
         process.join(240)
         status = process.exitcode
         process.kill()
-        return status, *((logs / name).read_text() if (logs / name).exists() else "" for name in ("out", "err"))
+        return status, *(
+            (logs / name).read_text() if (logs / name).exists() else "" for name in ("out", "err")
+        )
 
     def launch(argv, env):
         env = {**os.environ, **env}
-        result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=env)
+        result = subprocess.run(
+            argv, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=env
+        )
         return result.returncode, result.stdout, result.stderr
 
     def call(line, expect=0, env=None, launcher=None):
         script, *flags = line.split() if isinstance(line, str) else line
         argv = [str(ROOT / script), *map(str, flags)]
-        status, out, err = launch([*launcher, *argv], env or {}) if launcher else fork(argv, env or {})
+        status, out, err = (
+            launch([*launcher, *argv], env or {}) if launcher else fork(argv, env or {})
+        )
         assert status == expect, f"{line}: status {status}\n{out}\n{err}"
         if expect == 2:
             assert "Traceback" not in err and len(err.strip().splitlines()[-1]) < 600
