@@ -150,15 +150,15 @@ def open_reference(path, network, width, shape):
             arrays = {k: data[k] for k in names & {"mu", "sigma", "network", "image_size"}}
     if "mu" in arrays and "sigma" in arrays:
         # ADM's files name neither network nor size.
-        size = tuple(arrays.get("image_size", shape))
+        size = tuple(map(int, arrays.get("image_size", shape)))
         if str(arrays.get("network", network)) != network or size != shape:
             raise UserError(
                 f"--ref {path}: statistics of another network, or of {size} px instead of {shape}; "
                 "make them again: --save-stats, with this --net and --image-size"
             )
         stats = [torch.from_numpy(arrays[k]).double() for k in ("mu", "sigma")]
-        if stats[1].shape != (width, width) or not stats[1].isfinite().all():
-            raise UserError(f"--ref {path}: sigma is not a finite covariance of {width} features")
+        if stats[1].shape != (width, width) or not sum(stats).isfinite().all():
+            raise UserError(f"--ref {path}: mu or sigma is not finite, or not of {width} features")
         if not names & {"arr_0", "images"}:
             return None, stats
     reference = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)

@@ -603,7 +603,10 @@ class TransDiff(nn.Module):
     def check_sample(self, labels, refs, cfg):
         config = self.config
         if not 1 <= refs <= config.refs:
-            raise UserError(f"refs {refs}: this model draws chains of 1 to {config.refs} images")
+            raise UserError(
+                f"refs {refs}: this model draws chains of 1 to {config.refs} images; "
+                "finetune_mrar.py trains one for longer chains"
+            )
         if len(cfg) < refs:
             raise UserError(f"cfg {cfg}: give one number, or one for each of {refs} images")
         if not labels.is_meta and not 0 <= labels.min() <= labels.max() < config.num_classes:
@@ -772,7 +775,7 @@ def run_main(main):
     try:
         return main()
     except KeyboardInterrupt:
-        line = "interrupted; the same command continues (training: with --resume)"
+        line = "interrupted; the same command continues (stages 1 and 2: with --resume)"
         status = 130
     except (UserError, OSError) as e:
         line = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)

@@ -64,7 +64,8 @@ def parse():
         "--cfg",
         nargs="+",
         type=bounded(float, 0),
-        help="guidance scale, one or one per image; " "1 is none, 0 draws without a class",
+        help="guidance scale, one or one per image; 1 is none, "
+        "0 with --cfg-below 1 draws without a class",
     )
     setting(
         "--cfg-below", type=bounded(float, 0, 1), help="guide where t, 1 = noise, is at most this"
@@ -104,10 +105,10 @@ def parse():
 def check_output(args):
     """Resolve --out; refuse a suffix that does not fit, and results that are there already."""
     suffixes = [".png", ".npz"]
-    if args.show_chain or args.fuse or args.features:
-        suffixes = [".png"]
     if args.num or WORLD > 1:
         suffixes = [".npz"]
+    if args.show_chain or args.fuse or args.features:
+        suffixes = [".png"]
     args.out = Path(args.out or "runs/samples" + suffixes[0])
     if args.out.suffix not in suffixes:
         raise UserError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")

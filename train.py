@@ -259,7 +259,10 @@ def resolve_flags(args, last, start, device):
     # The recipe of this size and stage.
     fill(dict(size="XS", refs=4, only_decoder=False))
     stage = "MRAR" if args.refs > 1 else "512 px" if args.only_decoder else "1-step"
-    fill(RECIPES.get(f"{args.size} {stage}", RECIPES[stage]))
+    recipe = dict(RECIPES.get(f"{args.size} {stage}", RECIPES[stage]))
+    if args.epochs:
+        recipe.pop("steps", None)
+    fill(recipe)
     # What depends on the machine, and the rest.
     cuda = device.type == "cuda"
     dtype = "bf16" if pick_dtype(None, device) == torch.bfloat16 else "fp32"
@@ -416,7 +419,7 @@ def count_flops(config, batch_mul):
 
 
 # -------------------------------------------------------------------------------- around the loop
-COLUMNS = "step epoch loss grad_norm lr images_per_second tflops_per_gpu memory_gb holdout_loss"
+COLUMNS = "step,epoch,loss,grad_norm,lr,images_per_second,tflops_per_gpu,memory_gb,holdout_loss"
 
 
 class Run:
@@ -507,19 +510,19 @@ class Run:
             loss /= WORLD
         rate = count / (time.time() - self.started)  # steps per second
         images = rate * self.args.batch_size * self.args.refs
-        cuda = self.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan
         tflops = rate * self.flops / 1e12
+        memory = math.nan
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 1e9
         if RANK == 0:
             holdout = self.holdout_loss() if self.args.holdout and sample else math.nan
             row = [self.step, self.step / self.epoch, loss.item(), grad_norm.item(), lr]
             row += [images, tflops, memory, holdout]
-            self.rows.append([f"{x:.6g}".replace("nan", "") for x in row])
-            lines = [",".join(row) for row in [COLUMNS.split(), *self.rows]]
-            atomic_write(self.out / "log.csv", lambda f: f.write("\n".join(lines).encode()))
-        self.bar.set_postfix_str(
-            f"loss {loss.item():.4f}, {images:.0f} images/s, {tflops:.2f} TFLOP/s, {memory:.1f} GB"
-        )
+            self.rows.append(",".join(f"{x:.6g}" for x in row).replace("nan", ""))
+            text = "\n".join([COLUMNS, *self.rows, ""])
+            atomic_write(self.out / "log.csv", lambda f: f.write(text.encode()))
+        speed = f"{images:.0f} images/s, {tflops:.2f} TFLOP/s, {memory:.1f} GB"
+        self.bar.set_postfix_str(f"loss {loss.item():.4f}, {speed}".replace(", nan GB", ""))
         self.start_log()
 
     @torch.no_grad()

@@ -193,11 +193,12 @@ def load_vae(path, device="cpu", model=None):
     """
     path = fetch_released("vae") if path == "kl16" else Path(path)
     ckpt = load_file(path)
-    state = read_weights(ckpt, "model", "state_dict")
-    state = {k: v for k, v in state.items() if not k.startswith("loss.")}  # LDM's discriminator
     with torch.device("meta"):
         vae = AutoencoderKL(**ckpt.get("arch", {}))
     with user_file(path, f"VAE, it has {shorten(list(ckpt))}"):
+        state = read_weights(ckpt, "model", "state_dict")
+        # Without LDM's discriminator.
+        state = {k: v for k, v in state.items() if not k.startswith("loss.")}
         vae.load_state_dict(state, assign=True)
     vae.scale = ckpt.get("scale", RELEASED_SCALE)
     vae.image_size = ckpt.get("image_size", 256)

@@ -31,7 +31,8 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
-# Most commands take less time than importing torch, so they are forked from a process that has imported it.
+# Most commands take less time than importing torch, so they are forked from a process that has
+# imported it.
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(
     ["torch", "torch._dynamo", "torch.utils.data", "numpy", "PIL.Image", "tqdm"]
@@ -57,7 +58,7 @@ def command(tmp_path, tmp_path_factory):
     expect    the exit status; for 2 the last line on stderr has to be a short message, and there
               must be no traceback
     env       environment variables to add
-    launcher  what to run the script with, e.g. torchrun (default: a fork with torch already imported)
+    launcher  what to run the script with, e.g. torchrun (default: a fork that has torch imported)
     """
     logs = tmp_path_factory.mktemp("logs")
 

@@ -1,4 +1,7 @@
-"""The released implementation's weights and inputs: random numbers derived from their names, so no file holds them."""
+"""The released implementation's weights and inputs.
+
+They are random numbers derived from their names, so no file holds them.
+"""
 
 import json
 import zlib
@@ -38,11 +41,17 @@ def tensor(name, *shape):
 
 def released_state(kind):
     """State dict under the released names; kind "one_step", "one_step_512", "mrar" or "vae"."""
-    return {k: torch.from_numpy(np.asarray(weight(k, s), dtype=np.float32)) for k, s in SHAPES[kind].items()}
+    return {
+        k: torch.from_numpy(np.asarray(weight(k, s), dtype=np.float32))
+        for k, s in SHAPES[kind].items()
+    }
 
 
 def write_released(kind, path):
-    """Write a file in the released format: the weights above are its EMA weights, those under `model` are zero."""
+    """Write a file in the released format.
+
+    The weights above are its EMA weights; those under `model` are zero.
+    """
     state = released_state(kind)
     if kind == "vae":
         torch.save({"model": state}, path)

@@ -1,4 +1,4 @@
-"""Run a script's main() in the process of the tests: it takes a fraction of the time of a new process."""
+"""Run a script's main() in the process of the tests, in a fraction of the time of a new process."""
 
 import signal
 import sys

@@ -8,32 +8,82 @@ from conftest import ROOT
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "demo"))
-from curves import plot, plot_losses  # noqa: E402
+from curves import plot, ticks  # noqa: E402
+
+BLUE = (0x1F, 0x5F, 0xA8)
+RED = (0xC8, 0x39, 0x1F)
 
 
-def test_plot_draws_each_curve_in_its_own_colour(tmp_path):
+def pixels(path, color):
+    """(rows, columns) of the pixels of this colour."""
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    return np.nonzero((picture == color).all(-1))
+
+
+def write_log(folder, losses):
+    folder.mkdir(parents=True)
+    lines = [f"{50 * i},{loss}" for i, loss in enumerate(losses, 1)]
+    (folder / "log.csv").write_text("\n".join(["step,loss,holdout_loss", *lines]))
+
+
+@pytest.mark.parametrize("high", [1e-9, 0.0304, 1, 1.21, 3, 59, 500, 1600, 999_999])
+def test_ticks_are_a_few_round_numbers_that_fill_the_axis(high):
+    values = ticks(high)
+    assert 3 <= len(values) <= 7 and values[0] == 0
+    assert 0.6 * high < values[-1] <= high * (1 + 1e-9)
+    assert all(len(f"{x:.6e}".split("e")[0].rstrip("0.")) <= 3 for x in values)  # 1.5, not 1.25
+
+
+def test_each_curve_has_its_own_colour_and_none_runs_through_the_names(tmp_path):
     x = np.arange(100)
-    curves = {"a": (x, 1 + np.sin(x / 9)), "b": (x, x / 50)}  # the first curve is blue, the second red
-    plot({"a": curves["a"]}, tmp_path / "one.png", "step")
-    plot(curves, tmp_path / "two.png", "step")
-    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "two.png"))
-    blue = [(picture[..., 2] > picture[..., 0] + 100).sum() for picture in (one, two)]
-    red = [(picture[..., 0] > picture[..., 2] + 100).sum() for picture in (one, two)]
-    assert min(blue) > 500 and red[0] == 0 and red[1] > 500
+    flat = (x, np.full(100, 2.0))  # the highest there is: just below the names
+    plot({"a": (x, x / 50)}, tmp_path / "one.png", "step", "loss")
+    plot({"a": (x, x / 50), "b": flat}, tmp_path / "two.png", "step", "loss")
+    assert len(pixels(tmp_path / "one.png", BLUE)[0]) > 200
+    assert len(pixels(tmp_path / "one.png", RED)[0]) == 0
+    rows, columns = pixels(tmp_path / "two.png", RED)
+    curve = rows[columns < 300]
+    name = rows[rows < curve.min() - 5]
+    assert len(curve) > 200 and len(np.unique(curve)) <= 3
+    assert name.size > 5 and name.max() < curve.min() - 20  # headroom, and the name above it
 
 
 @pytest.mark.parametrize(
     "x,y",
-    [([7], [0.5]), ([7], [0]), ([1, 2, 3], [3, 3, 3]), ([1, 2, 3], [0, 0, 0]), ([1, 1e6], [1e-9, 0])],
+    [
+        ([7], [0.5]),
+        ([7], [0]),
+        ([1, 2, 3], [3, 3, 3]),
+        ([1, 2, 3], [0, 0, 0]),
+        ([1, 1e6], [1e-9, 0]),
+    ],
     ids=["one point", "one zero", "constant", "zeros", "tiny"],
 )
-def test_plot_draws_short_and_constant_curves(tmp_path, x, y):
-    plot({"a": (x, y)}, tmp_path / "p.png", "step")
+def test_short_and_constant_curves_are_drawn(tmp_path, x, y):
+    plot({"a": (x, y)}, tmp_path / "p.png", "step", "loss")
     assert Image.open(tmp_path / "p.png").size == (640, 400)
 
 
-def test_losses_of_a_run_become_a_picture(tmp_path):
-    (tmp_path / "log.csv").write_text("step,loss,holdout_loss\n1,0.9,\n2,0.8,0.7\n3,0.7,\n")
-    plot_losses(tmp_path)
-    picture = np.asarray(Image.open(tmp_path / "loss.png")).astype(int)
-    assert (picture[..., 2] > picture[..., 0] + 100).sum() > 300  # blue: the training loss
+def test_losses_of_one_run_and_of_two_become_a_picture(tmp_path, command):
+    write_log(tmp_path / "runs" / "a", ["0.9,", "0.8,0.7", "0.7,0.6"])
+    write_log(tmp_path / "runs" / "b", ["0.5,", "0.4,", "0.3,"])
+    out, _ = command("demo/curves.py runs/a")
+    assert "wrote runs/a/loss.png" in out
+    one = tmp_path / "runs" / "a" / "loss.png"
+    assert len(pixels(one, BLUE)[0]) > 200  # the training loss
+    assert len(pixels(one, RED)[0]) > 200  # the held-out loss
+    out, _ = command("demo/curves.py runs/a runs/b")
+    assert "wrote runs/curves/loss.png" in out
+    green = pixels(tmp_path / "runs" / "curves" / "loss.png", (0x2A, 0x8A, 0x3E))
+    blue = pixels(tmp_path / "runs" / "curves" / "loss.png", BLUE)
+    assert green[0].max() > blue[0].max()  # the run b has the lower loss
+
+
+@pytest.mark.parametrize(
+    "folder,message",
+    [("runs/none", "runs/none/log.csv: No such file"), ("runs/new", "log.csv: no losses yet")],
+)
+def test_a_run_without_losses_is_refused_in_one_line(tmp_path, command, folder, message):
+    write_log(tmp_path / "runs" / "new", [])
+    _, err = command(f"demo/curves.py {folder}", expect=2)
+    assert message in err.splitlines()[-1]

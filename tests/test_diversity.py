@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from in_process import run_in_process
 from PIL import Image
 from test_model import ONE_STEP, SMALL, build
 
 import diversity
-from diversity import chain_features, mean_abs_offdiagonal, similarity
-from model import SAMPLING
+from diversity import chain_features, draw_heatmap, mean_abs_offdiagonal, similarity
+from model import load_file
 
 
 def test_equations_13_to_15_by_hand():
     A = torch.tensor([[3.0, 0.0], [0.0, 2.0], [-5.0, 0.0], [1.0, 1.0]])
     h = 0.5**0.5
-    S = torch.tensor([[1, 0, -1, h], [0, 1, 0, h], [-1, 0, 1, -h], [h, h, -h, 1]], dtype=torch.float64)
-    torch.testing.assert_close(similarity(A), S)
+    S = torch.tensor([[1, 0, -1, h], [0, 1, 0, h], [-1, 0, 1, -h], [h, h, -h, 1]]).double()
+    torch.testing.assert_close(similarity(A), S, atol=1e-7, rtol=0)  # h is float32 in S
     assert mean_abs_offdiagonal(S).item() == pytest.approx((0 + 1 + h + 0 + h + h) / 6)  # 6 pairs
 
 
@@ -29,34 +30,41 @@ def test_equal_features_have_similarity_1_and_orthogonal_ones_0():
     assert mean_abs_offdiagonal(similarity(torch.eye(5))).item() == pytest.approx(0, abs=1e-12)
 
 
+def quick_mrar():
+    model = build(SMALL)
+    model.sampling.update(steps=5)
+    return model
+
+
 def test_features_are_of_the_whole_chain_and_without_the_second_positions():
-    model, labels = build(SMALL), torch.tensor([0, 3])
-    f = chain_features(model, labels, seed=0)
-    assert f.shape == (2, SMALL.cond_tokens, SMALL.width)
-    assert torch.equal(f, chain_features(model, labels, seed=0)) and not torch.allclose(
-        f, chain_features(model, labels, seed=1)
-    )
-    with torch.no_grad():  # changes c, and so the references that are drawn, but not the features of image 0
+    model, labels = quick_mrar(), torch.tensor([0, 3])
+    features = chain_features(model, labels, seed=0)
+    assert features.shape == (2, SMALL.cond_tokens, SMALL.width)
+    assert torch.equal(features, chain_features(model, labels, seed=0))
+    assert not torch.allclose(features, chain_features(model, labels, seed=1))
+    with torch.no_grad():  # changes c and so the references, but not the features of image 0
         model.cond_positions += 1
-    torch.testing.assert_close(chain_features(model, labels, seed=0)[:, :4], f[:, :4])
+    after = chain_features(model, labels, seed=0)
+    torch.testing.assert_close(after[:, :4], features[:, :4])
+    assert not torch.allclose(after[:, 4:], features[:, 4:])
 
 
 def test_the_features_of_a_class_do_not_depend_on_the_others_of_its_batch():
-    model = build(SMALL)
-    both, alone = (chain_features(model, torch.tensor(labels), seed=0) for labels in ([0, 3], [3]))
+    model = quick_mrar()
+    both, alone = (chain_features(model, torch.tensor(y), seed=0) for y in ([0, 3], [3]))
     torch.testing.assert_close(both[1:], alone, atol=1e-3, rtol=1e-3)
 
 
 def test_features_of_a_one_step_model_are_the_same_for_every_seed():
-    model = build(ONE_STEP)
-    assert torch.equal(
-        chain_features(model, torch.tensor([2]), seed=0), chain_features(model, torch.tensor([2]), seed=5)
-    )
+    model, label = build(ONE_STEP), torch.tensor([2])
+    first, second = (chain_features(model, label, seed) for seed in (0, 5))
+    assert torch.equal(first, second)
 
 
 @pytest.fixture
 def table(tmp_path, monkeypatch, capsys):
-    """table(*flags) runs diversity.py in this process, in an empty folder, and returns the rows on its stdout."""
+    """table(*flags) runs diversity.py in this process, in an empty folder, and returns the rows
+    of the table on its stdout."""
     monkeypatch.chdir(tmp_path)
 
     def call(*flags):
@@ -67,28 +75,88 @@ def table(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_a_table_has_a_row_for_each_checkpoint(tmp_path, table):
-    models, paths = [build(ONE_STEP, seed) for seed in (0, 1)], [str(tmp_path / name) for name in ("1.pt", "2.pt")]
-    for step, (model, path) in enumerate(zip(models, paths)):
-        torch.save(dict(model=model.state_dict(), config=dataclasses.asdict(ONE_STEP), step=step), path)
-    rows = table("--ckpt", *paths, "--batch-size", "2")
-    assert [row["step"] for row in rows] == ["0", "1"] and [row["checkpoint"] for row in rows] == paths
+def save(model, path, **others):
+    """Write a checkpoint of the model, as train.py does."""
+    path.parent.mkdir(exist_ok=True)
+    config = dataclasses.asdict(model.config)
+    torch.save(dict(model=model.state_dict(), config=config, **others), path)
+
+
+def test_a_table_has_a_row_for_each_checkpoint_or_folder_of_a_run(tmp_path, table):
+    models = [build(ONE_STEP, seed) for seed in (0, 1)]
+    save(models[0], tmp_path / "run" / "ema.pt", step=7)
+    save(models[1], tmp_path / "ema-9.pt", step=9)
+    rows = table("--ckpt", "run", "ema-9.pt")
+    assert [row["step"] for row in rows] == ["7", "9"]
+    assert [row["checkpoint"] for row in rows] == ["run", "ema-9.pt"]
     for row, model in zip(rows, models):
         S = similarity(model.ar(torch.arange(5)).detach())
         values = mean_abs_offdiagonal(S)
         assert float(row["released"]) == pytest.approx(S.mean().item(), abs=1e-4)
         assert float(row["similarity"]) == pytest.approx(values.mean().item(), abs=1e-4)
-        assert float(row["over_classes"]) == pytest.approx(values.std(correction=0).item(), abs=1e-4)
+        over_classes = values.std(correction=0).item()
+        assert float(row["over_classes"]) == pytest.approx(over_classes, abs=1e-4)
         assert float(row["over_seeds"]) == 0
 
 
-def test_the_bundled_model_has_a_row_for_each_class_and_a_heatmap(tmp_path, table, monkeypatch):
-    monkeypatch.setitem(SAMPLING["XS"], "steps", 3)  # to be quick
-    monkeypatch.setattr(diversity, "DEMO_MODEL", ROOT / "demo" / "mrar.pt")  # its path is relative to another folder
-    rows = table("--seeds", "2", "--per-class", "--heatmap", "trouser", "--out", "new/S.png")
-    assert len(rows) == 11 and rows[2]["checkpoint"].strip() == "trouser"
-    values = [float(row["similarity"]) for row in rows]
-    assert all(0 < v < 1 for v in values) and values[0] == pytest.approx(np.mean(values[1:]), abs=1e-3)
-    assert float(rows[0]["over_seeds"]) > 0  # of MRAR: the references are drawn
+def test_the_numbers_of_mrar_are_means_over_chains_of_several_seeds(tmp_path, table):
+    model = quick_mrar()
+    save(model, tmp_path / "ema.pt", sampling=model.sampling)
+    (row,) = table("--ckpt", "ema.pt", "--seeds", "3")
+    S = torch.stack([similarity(chain_features(model, torch.arange(5), k)) for k in range(3)])
+    values = mean_abs_offdiagonal(S)
+    expected = dict(similarity=values.mean(), released=S.mean())
+    expected["over_classes"] = values.mean(0).std(correction=0)
+    expected["over_seeds"] = values.std(0, correction=0).mean()
+    assert min(expected["over_classes"], expected["over_seeds"]) > 1e-3
+    for name, value in expected.items():
+        assert float(row[name]) == pytest.approx(value.item(), abs=1e-4)
+
+
+def dark_lines(picture):
+    """Positions of the columns, and of the rows, of a picture [N, N, 3] that are black."""
+    black = picture.max(-1) == 0
+    return [np.flatnonzero(black.all(axis)).tolist() for axis in (0, 1)]
+
+
+def test_the_heatmap_marks_the_blocks_of_the_images(tmp_path, table):
+    ckpt = load_file(ROOT / "demo" / "mrar.pt")
+    ckpt["sampling"]["steps"] = 2  # to be quick
+    torch.save(ckpt, tmp_path / "quick.pt")
+    table("--ckpt", "quick.pt", "--seeds", "1", "--heatmap", "trouser", "--out", "new/S.png")
     picture = np.asarray(Image.open(tmp_path / "new" / "S.png"))
-    assert picture.shape == (512, 512, 3) and (picture[4, 4] == [180, 20, 30]).all()  # the diagonal is 1
+    assert picture.shape == (512, 512, 3)
+    assert dark_lines(picture) == [[128, 256, 384]] * 2  # 4 images of 16 tokens, of 8 pixels each
+    diagonal = picture[np.arange(4, 512, 8), np.arange(4, 512, 8)]
+    assert (diagonal == [180, 20, 30]).all()  # S_ii is 1
+
+
+def test_the_heatmap_of_a_one_step_model_is_one_block(tmp_path, table):
+    model = build(ONE_STEP)
+    save(model, tmp_path / "ema.pt")
+    table("--ckpt", "ema.pt", "--heatmap", "3", "--out", "S.png")
+    picture = np.asarray(Image.open(tmp_path / "S.png"))
+    assert picture.shape == (512, 512, 3) and dark_lines(picture) == [[], []]
+    S = similarity(model.ar(torch.tensor([3]))).detach().numpy()[0]
+    green = picture[16::32, 16::32, 1]  # from 255, white, at 0 to 20, red, at 1
+    np.testing.assert_allclose(green, 255 - 235 * S, atol=2)
+
+
+def test_negative_similarity_is_blue(tmp_path):
+    draw_heatmap(torch.tensor([[1.0, -1.0], [-1.0, 0.0]]), 1, tmp_path / "S.png")
+    picture = np.asarray(Image.open(tmp_path / "S.png")).astype(int)
+    assert np.abs(picture[128::256, 128::256] - [
+        [[180, 20, 30], [30, 60, 160]],
+        [[30, 60, 160], [255, 255, 255]],
+    ]).max() <= 2  # fmt: skip
+
+
+@pytest.mark.parametrize("flags,message", [
+    ("--ckpt gone.pt", "gone.pt"),
+    ("--heatmap hat", "--heatmap hat: this model was trained on the classes t-shirt, "),
+])  # fmt: skip
+def test_wrong_flags_are_refused_in_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_in_process(f"diversity.py {flags} --out S.png", expect=2)
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "S.png").exists()

@@ -1,8 +1,10 @@
-"""fid.py: closed forms, a float64 reference written from the definitions, the command with a tiny random network."""
+"""fid.py: closed forms, a float64 reference written from the definitions, and the command with a
+tiny random network."""
 
 import http.server
 import json
 import re
+import shutil
 import sys
 import threading
 
@@ -11,11 +13,13 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import ROOT
+from in_process import run_in_process
 from PIL import Image
 from scipy.spatial.distance import cdist
 from torch import nn
 
 import fid
+from model import UserError
 from vae import center_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -46,7 +50,8 @@ def net(tmp_path_factory):
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch, capsys):
-    """measure(flags) runs fid.py in this process, in an empty folder, and returns its JSON and what it printed."""
+    """measure(flags) runs fid.py in this process, in an empty folder, and returns its JSON and what
+    it printed."""
     monkeypatch.chdir(tmp_path)
 
     def call(flags):
@@ -58,7 +63,7 @@ def measure(tmp_path, monkeypatch, capsys):
 
 
 def noise_images(n, seed, spread=64, size=20):
-    """uint8 [n, size, size, 3]. Each image has its own brightness and contrast, so that features differ."""
+    """uint8 [n, size, size, 3]. Brightness and contrast vary, so that features differ."""
     rng = np.random.default_rng(seed)
     brightness = 128 + rng.normal(0, spread, (n, 1, 1, 3))
     x = brightness + rng.normal(0, 1, (n, size, size, 3)) * rng.uniform(0, 90, (n, 1, 1, 1))
@@ -69,49 +74,8 @@ def features_and_probabilities(net, images):
     """Float64 results of the network, called directly."""
     module, x = torch.jit.load(str(net)), torch.from_numpy(images).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        return module(x, return_features=True).double().numpy(), module(x, no_output_bias=True).double().numpy()
-
-
-# ------------------------------------------------------------------------------------------ the measures
-
-
-def test_frechet_distance_of_gaussians_in_closed_form():
-    a, b = np.array([[2.0, 0.7], [0.7, 1.0]]), np.array([[0.5, -0.3], [-0.3, 3.0]])  # these do not commute
-    cross = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))  # trace of the root of a 2 x 2 matrix
-    distance = fid.frechet_distance(*map(torch.tensor, (np.array([1.0, 2.0]), a, np.array([4.0, -2.0]), b)))
-    assert distance == pytest.approx(25 + np.trace(a + b) - 2 * cross, rel=1e-12)
-
-    u, v = np.random.default_rng(0).normal(size=(2, 50))  # rank one: tr sqrt(u u^T v v^T) = |u.v|
-    zero = torch.zeros(50, dtype=torch.float64)
-    distance = fid.frechet_distance(zero, torch.tensor(np.outer(u, u)), zero, torch.tensor(np.outer(v, v)))
-    assert distance == pytest.approx(u @ u + v @ v - 2 * abs(u @ v), rel=1e-6)
-
-
-@pytest.mark.parametrize("n", [30, 1000])
-def test_identical_sets_have_distance_zero(n):
-    mu, sigma = fid.mean_and_covariance(torch.randn(n, 200, generator=torch.Generator().manual_seed(0)).relu())
-    assert fid.frechet_distance(mu, sigma, mu, sigma) < 1e-6 * sigma.trace()
-    assert fid.frechet_distance(mu, sigma, mu + 1, sigma) == pytest.approx(200, rel=1e-6)
-
-
-def test_inception_score_of_certain_predictions():
-    every_class = torch.eye(8).repeat(1000, 1)  # each as often: the best score is the number of classes
-    assert fid.inception_score(every_class)[0] == pytest.approx(8, rel=0.01)
-    assert fid.inception_score(every_class[:1].repeat(100, 1)) == (1.0, 0.0)
-
-
-def test_precision_and_recall():
-    a, b = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (150, 130))
-    assert fid.precision_recall(a, a) == (1, 1)
-    assert fid.precision_recall(a, a + 100) == (0, 0)
-    assert fid.precision_recall(a, torch.cat([a + 0.01, a + 100])) == (1, 0.5)  # half of the reference is missing
-    distant = fid.precision_recall(a + 1000, b + 1000)
-    assert distant == pytest.approx(brute_precision_recall((a + 1000).numpy(), (b + 1000).numpy()), abs=1e-12)
-
-
-def test_copies_of_an_image_are_in_each_others_manifold():
-    x = torch.randn(20, 500, generator=torch.Generator().manual_seed(1))  # 5 copies of each: the balls have radius 0
-    assert fid.precision_recall(x.repeat(5, 1)[torch.randperm(100)], x.repeat(7, 1)) == (1, 1)
+        outputs = module(x, return_features=True), module(x, no_output_bias=True)
+    return [output.double().numpy() for output in outputs]
 
 
 def brute_precision_recall(a, b):
@@ -122,33 +86,111 @@ def brute_precision_recall(a, b):
     return part_inside(a, b), part_inside(b, a)
 
 
-# ------------------------------------------------------------------------------------------ the command
+def brute_frechet_distance(a, b):
+    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(s1 @ s2)
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root.real)
 
 
-@pytest.mark.parametrize("counts,spread", [((83, 61), 64), ((12, 10), 30)], ids=["many", "fewer than features"])
+def brute_inception_score(p):
+    """Mean and deviation of exp(E KL(p(y|x) || p(y))) over the ten parts of torch-fidelity."""
+    p = p[np.random.RandomState(2020).permutation(len(p))]
+    scores = []
+    for i in range(10):
+        part = p[i * len(p) // 10 : (i + 1) * len(p) // 10]
+        kl = [sum(q * np.log(q / m) for q, m in zip(row, part.mean(0))) for row in part]
+        scores.append(np.exp(np.mean(kl)))
+    return np.mean(scores), np.std(scores)
+
+
+# ------------------------------------------------------------------------------------ the measures
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    a, b = np.array([[2.0, 0.7], [0.7, 1.0]]), np.array([[0.5, -0.3], [-0.3, 3.0]])
+    # These do not commute. The trace of the root of a 2 x 2 matrix:
+    cross = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
+    mu1, mu2 = np.array([1.0, 2.0]), np.array([4.0, -2.0])
+    distance = fid.frechet_distance(*map(torch.tensor, (mu1, a, mu2, b)))
+    assert distance == pytest.approx(25 + np.trace(a + b) - 2 * cross, rel=1e-12)
+
+    u, v = np.random.default_rng(0).normal(size=(2, 50))  # rank one: tr sqrt(u u^T v v^T) = |u.v|
+    zero = torch.zeros(50, dtype=torch.float64)
+    uu, vv = (torch.tensor(np.outer(x, x)) for x in (u, v))
+    distance = fid.frechet_distance(zero, uu, zero, vv)
+    assert distance == pytest.approx(u @ u + v @ v - 2 * abs(u @ v), rel=1e-6)
+
+
+def test_the_measures_agree_with_their_definitions_to_one_millionth():
+    """Of float64 features. Of 83 samples the parts of the score differ in size."""
+    rng = np.random.default_rng(0)
+    a, b = rng.gamma(2, size=(83, 16)), rng.gamma(2.2, size=(61, 16))
+    p = rng.dirichlet([0.2] * 5, size=83)
+    stats = [fid.mean_and_covariance(torch.tensor(x)) for x in (a, b)]
+    distance = fid.frechet_distance(*stats[0], *stats[1])
+    assert distance == pytest.approx(brute_frechet_distance(a, b), rel=1e-6)
+    score = fid.inception_score(torch.tensor(p))
+    assert score[0] > 1.5 and score == pytest.approx(brute_inception_score(p), rel=1e-6)
+    measures = fid.precision_recall(torch.tensor(a), torch.tensor(b))
+    assert 0 < min(measures) and max(measures) < 1
+    assert measures == pytest.approx(brute_precision_recall(a, b), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [30, 1000])
+def test_identical_sets_have_distance_zero(n):
+    features = torch.randn(n, 200, generator=torch.Generator().manual_seed(0)).relu()
+    mu, sigma = fid.mean_and_covariance(features)
+    assert fid.frechet_distance(mu, sigma, mu, sigma) < 1e-6 * sigma.trace()
+    assert fid.frechet_distance(mu, sigma, mu + 1, sigma) == pytest.approx(200, rel=1e-6)
+
+
+def test_inception_score_of_certain_predictions():
+    every_class = torch.eye(8).repeat(1000, 1)  # each as often: the score is the number of classes
+    assert fid.inception_score(every_class)[0] == pytest.approx(8, rel=0.01)
+    assert fid.inception_score(every_class[:1].repeat(100, 1)) == (1.0, 0.0)
+
+
+def test_precision_and_recall():
+    a, b = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (150, 130))
+    assert fid.precision_recall(a, a) == (1, 1)
+    assert fid.precision_recall(a, a + 100) == (0, 0)
+    half_missing = torch.cat([a + 0.01, a + 100])
+    assert fid.precision_recall(a, half_missing) == (1, 0.5)
+    a, b = a + 1000, b + 1000
+    expected = brute_precision_recall(a.numpy(), b.numpy())
+    assert fid.precision_recall(a, b) == pytest.approx(expected, abs=1e-12)
+
+
+def test_copies_of_an_image_are_in_each_others_manifold():
+    x = torch.randn(20, 500, generator=torch.Generator().manual_seed(1))
+    # 5 copies of each: the balls have radius 0.
+    assert fid.precision_recall(x.repeat(5, 1)[torch.randperm(100)], x.repeat(7, 1)) == (1, 1)
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize(
+    "counts,spread", [((83, 61), 64), ((12, 10), 30)], ids=["many", "fewer than features"]
+)
 def test_the_command_gives_what_the_definitions_say(tmp_path, measure, net, counts, spread):
-    """Of 83 and 12 samples the parts of the Inception Score differ in size; few images have singular covariances."""
+    """Few images have singular covariances."""
     images, others = (noise_images(n, seed, spread) for seed, n in enumerate(counts))
     np.savez(tmp_path / "s.npz", arr_0=images)
     np.savez_compressed(tmp_path / "r.npz", arr_0=others)
     got, printed = measure(f"--samples s.npz --ref r.npz --net {net} --batch-size 16")
 
-    (a, p), (b, _) = features_and_probabilities(net, images), features_and_probabilities(net, others)
-    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = scipy.linalg.sqrtm(s1 @ s2)
-    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root.real)
-    p, scores = p[np.random.RandomState(2020).permutation(len(p))], []
-    for i in range(10):
-        part = p[i * len(p) // 10 : (i + 1) * len(p) // 10]
-        scores.append(np.exp(np.mean([sum(q * np.log(q / m) for q, m in zip(row, part.mean(0))) for row in part])))
-    assert got["frechet_distance"] == pytest.approx(distance, rel=1e-4)
-    assert spread < 64 or got["inception_score"] > 1.5  # near 1 any parts would give the same
-    assert got["inception_score"] == pytest.approx(np.mean(scores), rel=1e-5)
-    assert got["inception_score_std"] == pytest.approx(np.std(scores), rel=1e-4)
-    assert (got["precision"], got["recall"]) == pytest.approx(brute_precision_recall(a, b), abs=1e-12)
-    numbers = {"frechet_distance", "inception_score", "inception_score_std", "precision", "recall"}
+    (a, p), (b, _) = (features_and_probabilities(net, x) for x in (images, others))
+    assert got["frechet_distance"] == pytest.approx(brute_frechet_distance(a, b), rel=1e-4)
+    score, deviation = brute_inception_score(p)
+    assert got["score"] == pytest.approx(score, rel=1e-5)
+    assert got["score_std"] == pytest.approx(deviation, rel=1e-4)
+    measures = got["precision"], got["recall"]
+    assert measures == pytest.approx(brute_precision_recall(a, b), abs=1e-12)
+    numbers = {"frechet_distance", "score", "score_std", "precision", "recall"}
     assert set(got) == numbers | {"network", "samples", "reference", "num_samples"}
-    assert "fid " not in printed.out  # FID is of Inception's features
+    # FID and the Inception Score are of Inception's features.
+    assert "fid " not in printed.out and "inception" not in printed.out.lower()
     assert f"{got['frechet_distance']:.4f}" in printed.out and "fewer than 10,000" in printed.err
 
 
@@ -158,16 +200,32 @@ def test_statistics_are_saved_and_reused(tmp_path, measure, net):
     np.savez(tmp_path / "r.npz", arr_0=others)
     direct, _ = measure(f"--samples s.npz --ref r.npz --net {net}")
     alone, _ = measure(f"--samples r.npz --net {net} --save-stats stats.npz")
-    assert "frechet_distance" not in alone and "inception_score" in alone
+    assert "frechet_distance" not in alone and "score" in alone
     reused, _ = measure(f"--samples s.npz --ref stats.npz --net {net}")
     assert reused.pop("reference") == "stats.npz" and direct.pop("reference") == "r.npz"
-    assert reused.pop("network") == direct.pop("network") and reused.pop("samples") == direct.pop("samples")
-    assert reused == pytest.approx({k: v for k, v in direct.items() if k not in ("precision", "recall")}, rel=1e-9)
+    assert reused.pop("network") == direct.pop("network")
+    assert reused.pop("samples") == direct.pop("samples")
+    del direct["precision"], direct["recall"]  # they need the images
+    assert reused == pytest.approx(direct, rel=1e-9)
     sigma = np.cov(features_and_probabilities(net, others)[0], rowvar=False)
-    np.testing.assert_allclose(np.load(tmp_path / "stats.npz")["sigma"], sigma, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "stats.npz")["sigma"], sigma, rtol=1e-4, atol=1e-9
+    )
 
 
-def test_the_statistics_in_a_reference_batch_come_before_those_of_its_images(tmp_path, measure, net):
+def test_statistics_of_another_size_are_refused(tmp_path, measure, net):
+    np.savez(tmp_path / "large.npz", arr_0=noise_images(20, 0, size=32))
+    measure(f"--samples large.npz --net {net} --save-stats stats.npz")
+    small = "--samples large.npz --image-size 16"
+    with pytest.raises(UserError, match=r"stats.npz: .*\(32, 32\) px instead of \(16, 16\)"):
+        measure(f"{small} --ref stats.npz --net {net}")
+    measure(f"{small} --net {net} --save-stats small.npz")
+    assert measure(f"{small} --ref small.npz --net {net}")[0]["frechet_distance"] < 1e-6
+
+
+def test_the_statistics_in_a_reference_batch_come_before_those_of_its_images(
+    tmp_path, measure, net
+):
     """ADM's reference batches hold both; their statistics are of more images than the batch has."""
     np.savez(tmp_path / "r.npz", arr_0=noise_images(40, 1))
     measure(f"--samples r.npz --net {net} --save-stats stats.npz")
@@ -175,7 +233,8 @@ def test_the_statistics_in_a_reference_batch_come_before_those_of_its_images(tmp
     shifted = dict(mu=stats["mu"] + 10, sigma=stats["sigma"], mu_s=np.zeros(3))
     np.savez(tmp_path / "adm.npz", arr_0=noise_images(40, 1), **shifted)
     got, _ = measure(f"--samples r.npz --ref adm.npz --net {net}")
-    assert got["frechet_distance"] == pytest.approx(16 * 100, rel=1e-9) and got["precision"] == got["recall"] == 1
+    assert got["frechet_distance"] == pytest.approx(16 * 100, rel=1e-9)
+    assert got["precision"] == got["recall"] == 1
 
 
 def test_a_folder_gives_the_numbers_of_an_npz(tmp_path, measure, net):
@@ -190,21 +249,60 @@ def test_a_folder_gives_the_numbers_of_an_npz(tmp_path, measure, net):
     a, _ = measure(f"--samples s.npz --ref r.npz --net {net}")
     b, printed = measure(f"--samples tree --ref r.npz --net {net} --batch-size 7 --workers 1")
     assert "30 images" in printed.out
-    for key in ("frechet_distance", "precision", "recall"):  # the Inception Score depends on the order
+    for key in (
+        "frechet_distance",
+        "precision",
+        "recall",
+    ):  # the Inception Score depends on the order
         assert b[key] == pytest.approx(a[key], rel=1e-5)
     assert measure(f"--samples s.npz --ref tree --net {net}")[0]["frechet_distance"] < 1e-5
 
     Image.fromarray(noise_images(1, 9, size=40)[0]).save(tmp_path / "tree" / "large.png")
-    with pytest.raises(ValueError, match=r"large.png: is 40 x 40 px, others are 20 x 20; --image-size"):
+    message = r"large.png: is 40 x 40 px, others are \(20, 20\); --image-size N crops all"
+    with pytest.raises(UserError, match=message):
         measure(f"--samples tree --ref r.npz --net {net}")
-    assert "31 images of (16, 16) px" in measure(f"--samples tree --ref r.npz --net {net} --image-size 16")[1].out
+    _, printed = measure(f"--samples tree --ref r.npz --net {net} --image-size 16")
+    assert "31 images of (16, 16) px" in printed.out
+
+
+def test_suffixes_and_links_do_not_change_what_is_measured(tmp_path, measure, net):
+    """`plain` has 12 files in two folders. `linked` has the same: one folder as a link, which holds
+    a link back to itself, the other with the suffixes that Windows and cameras give."""
+    for i, image in enumerate(noise_images(12, 0)):
+        path = tmp_path / "plain" / "ab"[i % 2] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    (tmp_path / "linked" / "b").mkdir(parents=True)
+    (tmp_path / "linked" / "a").symlink_to(tmp_path / "plain" / "a")
+    (tmp_path / "plain" / "a" / "loop").symlink_to(tmp_path / "plain" / "a")
+    suffixes = [".jfif", ".jpe", ".JPG", ".jpeg", ".JFIF", ".jpg"]
+    for path, suffix in zip(sorted((tmp_path / "plain" / "b").iterdir()), suffixes):
+        shutil.copy(path, tmp_path / "linked" / "b" / f"{path.stem}{suffix}")
+    for name in ("1.heic", "2.heic", "notes.txt"):
+        (tmp_path / "linked" / "b" / name).write_text("left out")
+    got, printed = measure(f"--samples linked --ref plain --net {net}")
+    assert got["num_samples"] == 12
+    assert got["frechet_distance"] < 1e-6 and got["precision"] == got["recall"] == 1
+    (line,) = [line for line in printed.out.splitlines() if "left out" in line]
+    assert "linked" in line and "'.heic': 2" in line and "'.txt': 1" in line
+
+
+@pytest.mark.parametrize("form", ["float", "one-hot", "column", "text", "too few"])
+def test_the_labels_of_an_npz_are_not_needed(tmp_path, measure, net, form):
+    images, labels = noise_images(12, 0), np.arange(12) % 3
+    forms = {"float": labels.astype(float), "one-hot": np.eye(3, dtype=int)[labels]}
+    forms.update({"column": labels[:, None], "text": labels.astype(str), "too few": labels[:5]})
+    np.savez(tmp_path / "s.npz", images=images, labels=forms[form])
+    np.savez(tmp_path / "r.npz", arr_0=images)
+    assert measure(f"--samples s.npz --ref r.npz --net {net}")[0]["frechet_distance"] < 1e-6
 
 
 @pytest.mark.parametrize("size", [47, 12], ids=["larger", "smaller"])
 def test_the_reference_gets_the_size_of_the_samples_as_in_training(tmp_path, measure, net, size):
     source = noise_images(12, 0, size=size)
     np.savez(tmp_path / "source.npz", images=source, labels=np.zeros(12, int))
-    np.savez(tmp_path / "s.npz", arr_0=np.stack([center_crop(Image.fromarray(x), 20) for x in source]))
+    crops = [center_crop(Image.fromarray(x), 20) for x in source]
+    np.savez(tmp_path / "s.npz", arr_0=np.stack(crops))
     got, _ = measure(f"--samples s.npz --ref source.npz --net {net}")
     assert got["frechet_distance"] < 1e-6 and got["precision"] == got["recall"] == 1
 
@@ -213,31 +311,34 @@ def test_grey_images_are_measured_as_rgb(tmp_path, measure, net):
     grey = noise_images(12, 0)[..., 0]
     np.savez(tmp_path / "grey.npz", images=grey)
     np.savez(tmp_path / "rgb.npz", arr_0=grey[..., None].repeat(3, axis=3))
-    assert measure(f"--samples rgb.npz --ref grey.npz --net {net}")[0]["frechet_distance"] < 1e-6
+    got, _ = measure(f"--samples rgb.npz --ref grey.npz --net {net}")
+    assert got["frechet_distance"] < 1e-6
 
 
-WRONG_INPUTS = {  # flags: message
-    "--samples gone.npz --ref s.npz": "gone.npz: no such folder",
-    "--samples s.npz --ref gone": "--ref gone: no such file or folder",
-    "--samples s.npz": "--ref: give a reference",
-    "--samples one.npz --ref s.npz": "one.npz: has 1 images; the measures need 10 or more",
-    "--samples s.npz --ref one.npz": "one.npz: has 1 images",
-    "--samples wide.npz --ref s.npz": "--ref s.npz: .* --image-size N crops both",
-    "--samples float.npz --ref s.npz": r"float.npz: not a readable .npz of images \(images are float64",
-    "--samples other.npz --ref s.npz": "other.npz: not a readable .npz of images",
-    "--samples s.npz --ref other.npz": "other.npz: not a readable .npz of images or statistics",
-    "--samples s.npz --ref inception.npz": "inception.npz: .*of another network",
-    "--samples s.npz --ref foreign.npz": "foreign.npz: .*of another network",
-    "--samples s.npz --ref nan.npz": "nan.npz: .*not finite",
-    "--samples cut.npz --ref s.npz": "cut.npz: not a readable .npz of images",
-    "--samples s.npz --ref cut.npz": "cut.npz: not a readable .npz",
-    "--samples empty --ref s.npz": "empty/?: no images in this folder",
-    "--samples bad --ref s.npz": "bad/x.png: not a readable image",
-    "--samples s.npz --ref s.npz --net gone.pt": "gone.pt: not a readable TorchScript feature network",
-    "--samples s.npz --ref s.npz --net net.txt": "net.txt: not a readable TorchScript feature network",
-    "--samples s.npz --ref s.npz --net weights.pt": "weights.pt: not a readable TorchScript feature network",
-    "--samples s.npz --ref s.npz --net flatten.pt": "flatten.pt: not a readable TorchScript feature network",
-}
+NOT_A_NET = "not a readable TorchScript feature network"
+WRONG_INPUTS = [
+    ("--samples gone.npz --ref s.npz", "gone.npz: no such folder"),
+    ("--samples s.npz --ref gone", "--ref gone: no such file or folder"),
+    ("--samples s.npz", "--ref: give a reference"),
+    ("--samples one.npz --ref s.npz", "one.npz: has 1 images; 10 or more are needed"),
+    ("--samples s.npz --ref one.npz", "one.npz: has 1 images"),
+    ("--samples wide.npz --ref s.npz", r"--ref s.npz: \(20, 20\) px, the samples \(15, 20\)"),
+    ("--samples float.npz --ref s.npz", "float.npz: has arr_0 float64 .*; expected .*uint8"),
+    ("--samples black.npz --ref s.npz", "black.npz: .* no value above 1; expected 0 to 255"),
+    ("--samples other.npz --ref s.npz", r"other.npz: has \['something'\]; expected images"),
+    ("--samples s.npz --ref other.npz", r"other.npz: has \['something'\]; expected images"),
+    ("--samples s.npz --ref inception.npz", "inception.npz: .* not of 16 features"),
+    ("--samples s.npz --ref foreign.npz", "foreign.npz: .*of another network"),
+    ("--samples s.npz --ref nan.npz", "nan.npz: .*not finite"),
+    ("--samples cut.npz --ref s.npz", "cut.npz: not a readable .npz of images"),
+    ("--samples s.npz --ref cut.npz", "cut.npz: not a readable .npz"),
+    ("--samples empty --ref s.npz", "empty: no images in this folder"),
+    ("--samples bad --ref s.npz", "bad/x.png: not a readable image"),
+    ("--samples s.npz --ref s.npz --net gone.pt", f"gone.pt: {NOT_A_NET}"),
+    ("--samples s.npz --ref s.npz --net net.txt", f"net.txt: {NOT_A_NET}"),
+    ("--samples s.npz --ref s.npz --net weights.pt", f"weights.pt: {NOT_A_NET}"),
+    ("--samples s.npz --ref s.npz --net flatten.pt", f"flatten.pt: {NOT_A_NET}"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +349,7 @@ def wrong_inputs(tmp_path_factory):
     np.savez(folder / "one.npz", arr_0=good[:1])
     np.savez(folder / "wide.npz", arr_0=good[:, :15])
     np.savez(folder / "float.npz", arr_0=good.astype(float))
+    np.savez(folder / "black.npz", arr_0=good // 255)
     np.savez(folder / "other.npz", something=good)
     np.savez(folder / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(folder / "foreign.npz", mu=np.zeros(16), sigma=np.eye(16), network="0123")
@@ -262,35 +364,62 @@ def wrong_inputs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("flags", WRONG_INPUTS)
-def test_wrong_inputs_are_refused_in_one_line(wrong_inputs, measure, monkeypatch, net, flags):
+@pytest.fixture
+def flags_of_the_command(capsys):
+    run_in_process("fid.py --help")
+    return set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("flags,message", WRONG_INPUTS)
+def test_wrong_inputs_are_refused_in_one_line_that_advises_only_flags_of_fid(
+    flags, message, wrong_inputs, measure, monkeypatch, net, flags_of_the_command
+):
     monkeypatch.chdir(wrong_inputs)
-    with pytest.raises((ValueError, OSError), match=WRONG_INPUTS[flags]) as error:
+    with pytest.raises((UserError, OSError), match=message) as error:
         measure(flags if "--net" in flags else f"{flags} --net {net}")
-    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 500
+    line = str(error.value)
+    assert len(line.splitlines()) == 1 and len(line) < 500
+    assert set(re.findall(r"--[a-z-]+", line)) <= flags_of_the_command
 
 
-# ------------------------------------------------------------------------------------------ networks
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_by_whichever_process_reads_it(
+    tmp_path, net, monkeypatch, capsys, workers
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").mkdir()
+    for i, image in enumerate(noise_images(12, 0)):
+        Image.fromarray(image).save(tmp_path / "s" / f"{i:02}.png")
+    (tmp_path / "s" / "07.png").write_bytes((tmp_path / "s" / "07.png").read_bytes()[:100])
+    run_in_process(f"fid.py --samples s --ref s --net {net} --workers {workers}", expect=2)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"fid.py: s/07.png: not a readable image \(.+\)", line)
+
+
+# ------------------------------------------------------------------------------------ networks
 
 
 def test_a_network_that_cannot_be_fetched_is_one_line(tmp_path, command):
     np.savez(tmp_path / "s.npz", arr_0=noise_images(12, 0))
-    proxy = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "", "TORCH_HOME": str(tmp_path / "home")}
+    proxy = {"https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    proxy["TORCH_HOME"] = str(tmp_path / "home")
     _, err = command("fid.py --samples s.npz --ref s.npz", expect=2, env=proxy)
     assert len(err.strip().splitlines()) == 1 and "metrics/inception-2015-12-05.pt" in err
     assert re.search(r"put the file at \S+home/hub/transdiff/inception-2015-12-05.pt", err)
 
 
-def test_the_inception_file_is_fetched_once_and_its_distance_is_called_fid(tmp_path, measure, net, monkeypatch):
-    body, bodies = net.read_bytes(), []
+def test_the_inception_file_is_fetched_once_and_its_distance_is_called_fid(
+    tmp_path, measure, net, monkeypatch
+):
+    body, requests = net.read_bytes(), []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            bodies.append(body[:1000] if not bodies else body)  # the first connection closes early
+            requests.append(self.path)
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(bodies[-1])
+            self.wfile.write(body)
 
         def log_message(self, *args):
             pass
@@ -301,45 +430,110 @@ def test_the_inception_file_is_fetched_once_and_its_distance_is_called_fid(tmp_p
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     np.savez(tmp_path / "s.npz", arr_0=noise_images(12, 0))
-    with pytest.raises(OSError, match="could not fetch .* repeat the command"):
-        measure("--samples s.npz --ref s.npz")
-    _, printed = measure("--samples s.npz --ref s.npz")
-    assert (tmp_path / "home" / "hub" / "transdiff" / "inception.pt").read_bytes() == body and "  fid " in printed.out
-    measure("--samples s.npz --ref s.npz")
-    assert len(bodies) == 2
+    for _ in range(2):
+        got, printed = measure("--samples s.npz --ref s.npz")
+        assert {"fid", "inception_score", "inception_score_std", "precision", "recall"} < set(got)
+        assert "  fid " in printed.out and "in the features of Inception" in printed.out
+    assert requests == ["/inception.pt"]
     server.shutdown()
 
 
 @pytest.fixture(scope="module")
 def trousers_and_bags():
-    """200 bundled images of two classes: images uint8 [200, 32, 32], labels 0 and 1, names of the classes."""
+    """200 bundled images of two classes: images uint8 [200, 32, 32], labels 0 and 1, and the names
+    of the classes. The bundled network has these classes as 1 and 8."""
     data = np.load(ROOT / "demo" / "fashion_mnist_10k.npz")
     picks = np.flatnonzero((data["labels"] == 1) | (data["labels"] == 8))[::10]
+    labels = (data["labels"][picks] == 8).astype(int)
     classes = np.array(["trouser", "bag"])
-    return dict(images=data["images"][picks], labels=(data["labels"][picks] == 8).astype(int), classes=classes)
+    return dict(images=data["images"][picks], labels=labels, classes=classes)
 
 
-def test_train_features_makes_a_network_for_other_images(tmp_path, command, measure, trousers_and_bags):
+BUNDLED = f"--samples s.npz --save-stats x.npz --net {ROOT / 'demo' / 'features.pt'}"
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_accuracy_is_of_classes_by_their_names(tmp_path, measure, trousers_and_bags, swapped):
+    data = dict(trousers_and_bags)
+    if swapped:
+        data.update(labels=1 - data["labels"], classes=data["classes"][::-1])
+    np.savez(tmp_path / "s.npz", **data)
+    got, printed = measure(BUNDLED)
+    assert got["accuracy"] > 0.97 and f"{got['accuracy']:.4f}" in printed.out
+    data["labels"] = 1 - data["labels"]  # trousers are now called bags
+    np.savez(tmp_path / "s.npz", **data)
+    assert measure(BUNDLED)[0]["accuracy"] < 0.03
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], ["trouser", "dog"], None])
+def test_there_is_no_accuracy_of_classes_that_the_network_does_not_know(
+    tmp_path, measure, trousers_and_bags, names
+):
+    data = dict(trousers_and_bags)
+    del data["classes"]
+    np.savez(tmp_path / "s.npz", **data, **(dict(classes=np.array(names)) if names else {}))
+    got, printed = measure(BUNDLED)
+    assert "accuracy" not in got and "accuracy" not in printed.out
+
+
+def test_classes_without_samples_need_not_be_known(tmp_path, measure, trousers_and_bags):
+    """sample.py writes the names of all classes of the model."""
+    classes = np.append(trousers_and_bags["classes"], "dog")
+    np.savez(tmp_path / "s.npz", **{**trousers_and_bags, "classes": classes})
+    assert measure(BUNDLED)[0]["accuracy"] > 0.97
+
+
+def test_a_line_says_what_the_network_was_trained_on(tmp_path, measure, trousers_and_bags):
+    np.savez(tmp_path / "s.npz", **trousers_and_bags)
+    _, printed = measure(BUNDLED)
+    line = r"features.pt was trained on t-shirt, trouser, .*, ankle boot; of other images"
+    assert re.search(line, printed.out)
+
+
+def test_train_features_makes_a_network_for_other_images(
+    tmp_path, command, measure, trousers_and_bags
+):
     np.savez(tmp_path / "two.npz", **trousers_and_bags)
-    out, _ = command("demo/train_features.py --data two.npz --out new/a.pt --steps 40 --batch-size 16")
-    assert float(re.search(r"new/a.pt: ([\d.]+)% of 40 held-out images", out)[1]) > 85
+    train = "demo/train_features.py --data two.npz --out new/a.pt --steps 40 --batch-size 16"
+    out, _ = command(train)
+    assert "wrote new/a.pt" in out
+    assert float(re.search(r"([\d.]+)% of 40 held-out images", out)[1]) > 85
     assert (tmp_path / "new" / "a.pt").stat().st_size < 500_000
-    net, x = torch.jit.load(tmp_path / "new" / "a.pt"), torch.zeros(2, 3, 50, 40, dtype=torch.uint8)
-    assert net(x, return_features=True).shape == (2, 64) and torch.allclose(net(x).sum(1), torch.ones(2))
-    assert list(net.classes) == ["trouser", "bag"]
+    net = torch.jit.load(tmp_path / "new" / "a.pt")
+    x = torch.zeros(2, 3, 50, 40, dtype=torch.uint8)
+    assert net(x, return_features=True).shape == (2, 64)
+    assert torch.allclose(net(x).sum(1), torch.ones(2))
 
-    rgb, labels = trousers_and_bags["images"][..., None].repeat(3, axis=3), trousers_and_bags["labels"]
-    np.savez(tmp_path / "s.npz", arr_0=rgb, arr_1=labels)
+    rgb = trousers_and_bags["images"][..., None].repeat(3, axis=3)
+    labels = 1 - trousers_and_bags["labels"]  # of another order of the names
+    np.savez(tmp_path / "s.npz", arr_0=rgb, arr_1=labels, classes=np.array(["bag", "trouser"]))
     got, printed = measure("--samples s.npz --ref two.npz --net new/a.pt")
     assert got["accuracy"] > 0.85 and got["frechet_distance"] < 1e-6 and got["precision"] == 1
-    assert "accuracy" in printed.out
-    np.savez(tmp_path / "s.npz", arr_0=rgb, arr_1=labels + 1)  # a class that the network does not have
-    assert "accuracy" not in measure("--samples s.npz --ref two.npz --net new/a.pt")[0]
+    assert "new/a.pt was trained on trouser, bag; of other images" in printed.out
 
 
-def test_train_features_writes_the_same_file_for_the_same_seed(tmp_path, command, trousers_and_bags):
+def test_train_features_writes_the_same_file_for_the_same_seed(
+    tmp_path, command, trousers_and_bags
+):
     np.savez(tmp_path / "two.npz", **trousers_and_bags)
+    train = "demo/train_features.py --data two.npz --steps 1 --batch-size 16"
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        command(f"demo/train_features.py --data two.npz --out {name}.pt --steps 1 --batch-size 16 --seed {seed}")
+        command(f"{train} --out {name}.pt --seed {seed}")
     a, b, c = ((tmp_path / f"{name}.pt").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_train_features_tells_left_from_right_without_mirror_images(tmp_path, command, measure):
+    """Trained on mirror images too, the network is sure of neither class of arrows."""
+    left = np.zeros((32, 32), np.uint8)
+    left[15:17, 6:26] = 255
+    for i in range(8):
+        left[15 - i, 6 + i] = left[16 + i, 6 + i] = 255
+    images = np.stack([left, left[:, ::-1]] * 80)
+    np.savez(tmp_path / "s.npz", images=images, labels=np.arange(160) % 2)
+    scores = []
+    for flags in ("", "--no-mirror"):
+        command(f"demo/train_features.py --data s.npz --steps 30 --batch-size 16 {flags}")
+        got, _ = measure("--samples s.npz --save-stats x.npz --net runs/features.pt")
+        scores.append(got["score"])
+    assert scores[0] < 1.2 and scores[1] > 1.5  # of 2 classes: 1 is unsure, 2 is sure

@@ -1,15 +1,22 @@
-"""The method: masks, the chain, the loss, the samplers, guidance, warm start, checkpoints."""
+"""model.py: masks, the chain, the loss, samplers, guidance, checkpoints; and warm starts.
+
+At the end what model.py has for all scripts: names of classes, noise, errors.
+"""
 
 import dataclasses
 import math
+import unicodedata
 
 import pytest
 import torch
+from conftest import ROOT
 
-from model import SAMPLING, SIZES, Config, TransDiff, adams_bashforth, attention, attention_masks, euler_maruyama
-from model import load_checkpoint, load_state, sampling_settings, t_from_normal, timestep_embedding
+from model import DEMO_MODEL, SIZES, Config, TransDiff, UserError, adams_bashforth, attention
+from model import attention_masks, cast_weights, class_index, default_sampling, draw_t
+from model import euler_maruyama, load_checkpoint, load_state, patchify, per_image_noise
+from model import timestep_embedding
 from train import warm_start
-from vae import cast_weights
+from vae import DEMO_VAE, load_vae
 
 # Every field that the demo changes differs from its ImageNet value, and no two lengths are equal.
 SMALL = Config(
@@ -29,7 +36,7 @@ ONE_STEP = dataclasses.replace(SMALL, refs=1)
 
 
 def build(config, seed=0):
-    """A model in eval mode. Every weight is random, so that no zero initialisation hides a path."""
+    """A model in eval mode. Every weight is random: no zero initialisation hides a path."""
     torch.manual_seed(seed)
     model = TransDiff(config).eval()
     with torch.no_grad():
@@ -52,18 +59,25 @@ def random_draws(config, B=3, batch_mul=1, seed=2):
     return t, torch.randn(*t.shape, *config.latent_shape, generator=generator)
 
 
-def gradients(model, loss):
-    """[the loss, the gradient of every parameter]."""
+def gradients(model, *losses):
+    """[the sum of the losses, the gradient of every parameter]."""
     model.zero_grad(set_to_none=True)
-    loss.backward()
-    return [loss.detach()] + [p.grad for p in model.parameters()]
+    for loss in losses:
+        loss.backward()
+    return [sum(loss.detach() for loss in losses), *(p.grad for p in model.parameters())]
 
 
-# ------------------------------------------------------------------------------------------ masks
+def decoder_inputs(model):
+    """A list that gets (x, t) of every later call of the decoder."""
+    seen = []
+    model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[:2]))
+    return seen
 
 
+# -------------------------------------------------------------------------------- masks
 def test_masks_are_those_of_figure_3():
-    ar, cross = attention_masks(Config(32, 2, 1, 1, refs=4, cond_tokens=4, class_tokens=2, latent_size=2))
+    config = Config(32, 2, 1, 1, refs=4, cond_tokens=4, class_tokens=2, latent_size=2)
+    ar, cross = attention_masks(config)
     assert ar.int().tolist() == [
         [1, 1, 0, 0, 0, 0],  # class
         [1, 1, 0, 0, 0, 0],
@@ -83,7 +97,8 @@ def test_masks_fit_every_number_of_references(size, refs):
     n = config.tokens_per_image
     assert n * refs == config.cond_tokens and cross.shape == (refs, config.cond_tokens)
     assert cross.sum(1).tolist() == [n * (k + 1) for k in range(refs)]
-    assert ar[config.class_tokens + n - 1].sum() == config.class_tokens + n  # a mask token sees class and mask tokens
+    # A mask token attends to class and mask tokens.
+    assert ar[config.class_tokens + n - 1].sum() == config.class_tokens + n
     assert ar[-1].all() and not ar[0, config.class_tokens :].any()
 
 
@@ -97,11 +112,13 @@ def test_one_step_attention_is_bidirectional():
     assert (model.encode(torch.tensor([2])) != before).any(-1).all()  # every token of c changes
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones(16, 16, dtype=torch.bool).tril()], ids=["all", "masked"])
-def test_the_two_ways_to_compute_attention_agree(mask):
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_two_ways_to_compute_attention_agree(masked):
     """On a CPU, bf16 takes the plain formula and float32 the fused kernel."""
     q, k, v = torch.randn(3, 2, 16, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    plain, fused = attention(q, k, v, 4, mask), attention(q.float(), k.float(), v.float(), 4, mask)
+    mask = torch.ones(16, 16, dtype=torch.bool).tril() if masked else None
+    plain = attention(q, k, v, 4, mask)
+    fused = attention(q.float(), k.float(), v.float(), 4, mask)
     torch.testing.assert_close(plain.float(), fused, atol=0.02, rtol=0.02)
 
 
@@ -114,9 +131,9 @@ def test_an_image_changes_later_conditions_and_no_earlier_one(refs):
     for k in range(refs - 1):
         changed = latents[:, :-1].clone()
         changed[:, k] += torch.randn_like(changed[:, k])
-        c2 = model.encode(labels, changed)
-        assert torch.equal(c2[:, : n * (k + 1)], c[:, : n * (k + 1)]), f"x_{k} reached c_{k} or an earlier one"
-        assert (c2[:, n * (k + 1) :] != c[:, n * (k + 1) :]).any(-1).all(), f"x_{k} did not reach all of c_{k + 1} ..."
+        differs = (model.encode(labels, changed) != c).any(-1)
+        assert not differs[:, : n * (k + 1)].any(), f"x_{k} reached c_{k} or an earlier one"
+        assert differs[:, n * (k + 1) :].all(), f"x_{k} did not reach all of c_{k + 1} ..."
 
 
 def test_a_part_of_the_chain_has_the_same_conditions_as_the_whole_chain():
@@ -124,20 +141,18 @@ def test_a_part_of_the_chain_has_the_same_conditions_as_the_whole_chain():
     latents, labels = random_chains(SMALL)
     full = model.encode(labels, latents[:, :3])
     for k in range(4):
-        torch.testing.assert_close(model.encode(labels, latents[:, :k] if k else None), full[:, : 4 * (k + 1)])
+        part = model.encode(labels, latents[:, :k] if k else None)
+        torch.testing.assert_close(part, full[:, : 4 * (k + 1)])
 
 
 def test_patches_are_in_the_order_channel_row_column():
-    model = build(SMALL)  # 4 tokens an image: a 2 x 2 grid of 4 x 4 patches
     latents, _ = random_chains(SMALL, B=1)
-    tokens = model.ar.patchify(latents[:, :2])
+    tokens = patchify(latents[:, :2], SMALL.patch)  # 4 per image: a 2 x 2 grid of 4 x 4 patches
     assert tokens.shape == (1, 8, 6 * 16)
     assert torch.equal(tokens[0, 4 + 1], latents[0, 1, :, :4, 4:].flatten())  # image 1, upper right
 
 
-# ------------------------------------------------------------------------------------------ the loss
-
-
+# -------------------------------------------------------------------------------- the loss
 @pytest.mark.parametrize("refs,batch_mul", [(1, 1), (1, 3), (4, 1), (4, 3), (16, 1)])
 def test_the_loss_of_chains_is_the_mean_over_images_and_draws(refs, batch_mul):
     """Eq. 8 written as a loop: one image of the chain and one draw of (t, noise) at a time."""
@@ -148,56 +163,100 @@ def test_the_loss_of_chains_is_the_mean_over_images_and_draws(refs, batch_mul):
     for k in range(refs):
         c = model.encode(labels, latents[:, :k] if k else None)
         for draw in range(batch_mul * k, batch_mul * (k + 1)):
-            x, t_k, eps = latents[:, k], t[:, draw], noise[:, draw]
-            x_t = (1 - t_k)[:, None, None, None] * x + t_k[:, None, None, None] * eps
-            losses.append((model.velocity(x_t, t_k, c) - (eps - x)).square().mean())
+            x = latents[:, k]
+            eps = noise[:, draw]
+            t_ = t[:, draw, None, None, None]
+            v = model.velocity((1 - t_) * x + t_ * eps, t[:, draw], c)
+            losses.append((v - (eps - x)).square().mean())
     together = model.loss(latents, labels, t=t, noise=noise, batch_mul=batch_mul)
     torch.testing.assert_close(together, torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("refs", [1, 4])
+def test_a_batch_split_in_two_has_the_gradient_of_the_whole(refs):
+    """So micro-batches, and ranks, change the memory and the time of a step and nothing else."""
+    model = build(dataclasses.replace(SMALL, refs=refs, label_drop_prob=0.0)).train()
+    latents, labels = random_chains(model.config, B=8)
+    t, noise = random_draws(model.config, B=8, batch_mul=2)
+    inputs = (latents, labels, t, noise)
+    whole = gradients(model, model.loss(*inputs, batch_mul=2))
+    halves = zip(*(x.chunk(2) for x in inputs))
+    parts = gradients(model, *(model.loss(*half, batch_mul=2) / 2 for half in halves))
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("refs", [1, 4])
 def test_every_image_and_draw_has_its_own_t_and_noise(refs):
     model = build(dataclasses.replace(SMALL, refs=refs))
     latents, labels = random_chains(model.config)
-    seen = []
-    model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[:2]))
+    seen = decoder_inputs(model)
     model.loss(torch.zeros_like(latents), labels, batch_mul=3)  # of black latents x_t = t noise
-    (x_t, t), count = seen[0], 3 * refs * 3
-    assert len(t.unique()) == count
-    assert len((x_t / t[:, None, None, None]).flatten(1).unique(dim=0)) == count
+    x_t, t = seen[0]
+    count = 3 * refs * 3
+    assert t.shape == (3, refs * 3) and len(t.unique()) == count
+    noise = x_t / t[..., None, None, None]
+    assert len(noise.flatten(0, 1).flatten(1).unique(dim=0)) == count
 
 
 def test_distributions_of_t():
-    normal = torch.randn(4000, generator=torch.Generator().manual_seed(0))
-    logits, uniform = t_from_normal(normal).logit(), t_from_normal(normal, "uniform")
+    torch.manual_seed(0)
+    logits = draw_t((40, 100)).logit()
+    uniform = draw_t((40, 100), "uniform")
     assert abs(logits.mean()) < 0.05 and abs(logits.std() - 1) < 0.05
     assert abs(uniform.mean() - 0.5) < 0.02 and abs(uniform.std() - 12**-0.5) < 0.02
     assert 0 < uniform.min() and uniform.max() < 1
 
 
-def test_the_loss_draws_logit_normal_t_by_default():
+def test_the_loss_draws_logit_normal_t_unless_told_otherwise():
     model = build(SMALL)
     latents, labels = random_chains(SMALL, B=5)
-    seen = []
-    model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    seen = decoder_inputs(model)
     with torch.no_grad():
-        model.loss(latents, labels, batch_mul=100)
-    logits = seen[0].logit()  # of 2000 draws
-    assert abs(logits.mean()) < 0.08 and abs(logits.std() - 1) < 0.08
+        model.loss(latents, labels, batch_mul=50)
+        model.loss(latents, labels, batch_mul=50, t_distribution="uniform")
+    (_, normal), (_, uniform) = seen  # 1000 draws each
+    logits = normal.logit()
+    assert abs(logits.mean()) < 0.1 and abs(logits.std() - 1) < 0.1
+    assert abs(uniform.mean() - 0.5) < 0.04 and abs(uniform.std() - 12**-0.5) < 0.03
 
 
-def test_a_class_encoded_once_for_several_images_gives_the_same_loss_and_gradients():
-    """With more images than classes, the model encodes the classes; with fewer, the images."""
-    model = build(dataclasses.replace(ONE_STEP, num_classes=2))
-    latents, labels = random_chains(model.config, B=6)
-    t, noise = random_draws(model.config, B=6)
-    drop = torch.tensor([False, False, True, False, True, False])
-    together = gradients(model, model.loss(latents, labels, t, noise, drop=drop))
-    one_by_one = [
-        model.loss(*(v[i : i + 1] for v in (latents, labels, t, noise)), drop=drop[i : i + 1]) for i in range(6)
-    ]
-    for a, b in zip(together, gradients(model, torch.stack(one_by_one).mean())):
-        torch.testing.assert_close(a, b)
+def test_the_loss_is_a_function_of_torchs_seed():
+    """train.py seeds it from (seed, step, rank), so that a resumed run draws the same numbers."""
+    model = build(dataclasses.replace(SMALL, dropout=0.1, label_drop_prob=0.5)).train()
+    losses = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        losses.append(model.loss(*random_chains(SMALL), batch_mul=2).item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("label_drop_prob", [0.0, 1.0])
+def test_each_class_is_encoded_once_where_a_one_step_batch_is_larger(label_drop_prob):
+    """With the loss and the gradients of image by image, the null class among the classes."""
+    config = dataclasses.replace(ONE_STEP, num_classes=2, label_drop_prob=label_drop_prob)
+    model = build(config).train()
+    latents, _ = random_chains(config, B=6)
+    labels = torch.tensor([0, 1, 2, 0, 2, 1])  # 2 is the null class
+    t, noise = random_draws(config, B=6)
+    encoded = []
+    model.ar.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))
+    together = gradients(model, model.loss(latents, labels, t, noise))
+    images = zip(*(x.split(1) for x in (latents, labels, t, noise)))
+    one_by_one = gradients(model, *(model.loss(*image) / 6 for image in images))
+    assert encoded == [3, 1, 1, 1, 1, 1, 1]
+    for a, b in zip(together, one_by_one):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("refs", [1, 4])
+def test_each_image_is_encoded_by_itself_under_dropout_and_with_references(refs):
+    config = dataclasses.replace(SMALL, num_classes=2, refs=refs, dropout=0.1 if refs == 1 else 0.0)
+    model = build(config).train()
+    encoded = []
+    model.ar.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))
+    model.loss(*random_chains(config, B=6))
+    assert encoded == [6]
 
 
 def test_labels_are_dropped_in_training_only():
@@ -205,16 +264,20 @@ def test_labels_are_dropped_in_training_only():
     latents, labels = random_chains(SMALL)
     t, noise = random_draws(SMALL)
     null = torch.full_like(labels, SMALL.num_classes)
-    with_label, without_label = (model.loss(latents, y, t, noise) for y in (labels, null))
+    with_label = model.loss(latents, labels, t, noise)
+    without_label = model.loss(latents, null, t, noise)
     assert with_label != without_label
     model.train()
     assert torch.equal(model.loss(latents, labels, t, noise), without_label)
-    assert torch.equal(model.loss(latents, labels, t, noise, drop=torch.zeros(3, dtype=torch.bool)), with_label)
-    drop = torch.tensor([False, True, False])
-    some_null = torch.where(drop, null, labels)
-    assert torch.equal(
-        model.loss(latents, labels, t, noise, drop=drop), model.eval().loss(latents, some_null, t, noise)
-    )
+
+
+def test_a_label_is_dropped_with_the_configured_probability():
+    torch.manual_seed(0)
+    labels = torch.arange(10_000) % SMALL.num_classes
+    dropped = build(dataclasses.replace(SMALL, label_drop_prob=0.2)).drop_labels(labels)
+    null = dropped == SMALL.num_classes
+    assert abs(null.float().mean() - 0.2) < 0.02
+    assert torch.equal(dropped[~null], labels[~null])
 
 
 def test_dropout_is_active_in_training_only():
@@ -240,7 +303,8 @@ def test_loss_and_samplers_never_wait_for_the_device(refs):
     """On the meta device .item() is an error, and so is a tensor left on the CPU."""
     with torch.device("meta"):
         model = TransDiff(dataclasses.replace(SMALL, refs=refs)).train()
-        latents, labels = torch.empty(3, refs, *model.config.latent_shape), torch.zeros(3, dtype=torch.int64)
+        latents = torch.empty(3, refs, *model.config.latent_shape)
+        labels = torch.zeros(3, dtype=torch.int64)
     model.loss(latents, labels, batch_mul=2).backward()
     for sampler in ("euler-maruyama", "adams-bashforth"):
         assert model.sample(labels, steps=2, sampler=sampler).is_meta
@@ -249,13 +313,12 @@ def test_loss_and_samplers_never_wait_for_the_device(refs):
 def test_timestep_embedding_is_cosines_then_sines():
     e = timestep_embedding(torch.tensor([0.25]))[0]
     assert e.shape == (256,)
-    assert e[0] == pytest.approx(math.cos(250), abs=1e-4) and e[128] == pytest.approx(math.sin(250), abs=1e-4)
+    assert e[0] == pytest.approx(math.cos(250), abs=1e-4)
+    assert e[128] == pytest.approx(math.sin(250), abs=1e-4)
     assert e[1] == pytest.approx(math.cos(250 * 10000 ** (-1 / 128)), abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------ the samplers
-
-
+# -------------------------------------------------------------------------------- the samplers
 def gaussian_velocity(mean, std):
     """Exact velocity E[eps - x | x_t] of data N(mean, std^2)."""
 
@@ -269,19 +332,25 @@ def gaussian_velocity(mean, std):
 @pytest.mark.parametrize("mean,std", [(0.0, 1.0), (1.5, 0.5), (-0.7, 0.75)])
 def test_euler_maruyama_returns_gaussian_data(mean, std):
     torch.manual_seed(0)
-    x = euler_maruyama(gaussian_velocity(mean, std), torch.randn(200_000), steps=500, s1=1.0, s2=1.0)
+    x = euler_maruyama(gaussian_velocity(mean, std), torch.randn(200_000), steps=500)
     assert x.mean().item() == pytest.approx(mean, abs=0.01)
-    assert 0.975 * std < x.std().item() < 1.01 * std  # the last step has no noise, which narrows the data by up to 2 %
+    # The last step has no noise, which narrows the data by up to 2 %.
+    assert 0.975 * std < x.std().item() < 1.01 * std
 
 
-def test_euler_maruyama_evaluates_once_a_step_and_draws_noise_between_steps():
-    times, draws = [], []
+def test_euler_maruyama_evaluates_once_per_step_and_draws_noise_between_steps():
+    times = []
+    draws = []
 
     def velocity(x, t):
         times.append(t)
         return torch.zeros_like(x)
 
-    euler_maruyama(velocity, torch.ones(2), steps=5, noise_sampler=lambda x: draws.append(1) or torch.zeros_like(x))
+    def noise_sampler(x):
+        draws.append(x)
+        return torch.zeros_like(x)
+
+    euler_maruyama(velocity, torch.ones(2), steps=5, noise_sampler=noise_sampler)
     assert times == pytest.approx([1.0, 0.76, 0.52, 0.28, 0.04]) and len(draws) == 4
     assert all(type(t) is float for t in times)  # a tensor would make a GPU wait
 
@@ -293,159 +362,194 @@ def test_one_step_of_euler_maruyama_goes_from_noise_to_image():
 
 
 def test_s1_and_s2_scale_every_step_but_the_last():
-    x, v, n = torch.tensor([0.4]), torch.tensor([0.3]), torch.tensor([1.7])
+    x = torch.tensor([0.4])
+    v = torch.tensor([0.3])
+    n = torch.tensor([1.7])
     out = euler_maruyama(lambda x, t: v, x, steps=2, s1=0.9, s2=0.8, noise_sampler=lambda x: n)
-    drift = lambda x, t: v - t * (-(x + (1 - t) * v) / t)  # noqa: E731
+
+    def drift(x, t):
+        return v - t * (-(x + (1 - t) * v) / t)
+
     middle = x + 0.9 * drift(x, 1.0) * -0.96 + 0.8 * math.sqrt(2.0) * math.sqrt(0.96) * n
     torch.testing.assert_close(out, middle + drift(middle, 0.04) * -0.04)
 
 
 @pytest.mark.parametrize("mean,std", [(1.5, 0.5), (-0.7, 0.3)])
 def test_adams_bashforth_is_of_second_order(mean, std):
-    """The flow of Gaussian data is x_0 = mean + std x_1. Half the step gives a quarter of the error."""
-    velocity, times, errors = gaussian_velocity(mean, std), [], []
+    """The flow of Gaussian data is x_0 = mean + std x_1. Half the step: a quarter of the error."""
+    exact = gaussian_velocity(mean, std)
+    times = []
+
+    def velocity(x, t):
+        times.append(t)
+        return exact(x, t)
+
+    errors = []
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     for steps in (40, 80, 160):
         times.clear()
-        out = adams_bashforth(lambda x, t: times.append(t) or velocity(x, t), x, steps)
+        out = adams_bashforth(velocity, x, steps)
         errors.append((out - (mean + std * x)).abs().max().item())
         assert len(times) == steps and times[0] == 1 and min(times) > 0  # training has no t = 0
-    assert errors[0] < 0.05 and 3 < errors[0] / errors[1] < 5.5 and 3 < errors[1] / errors[2] < 5.5
+    assert errors[0] < 0.05
+    assert 3 < errors[0] / errors[1] < 5.5 and 3 < errors[1] / errors[2] < 5.5
 
 
-# ------------------------------------------------------------------------------------------ guidance and the chain
+# -------------------------------------------------------------------------------- guidance, chains
+LABEL = torch.tensor([4])
+NOISE = torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
 def test_guidance_evaluates_the_decoder_a_second_time_and_only_below_cfg_below():
-    model, labels, times = build(SMALL), torch.tensor([0, 1]), []
-    model.decoder.register_forward_pre_hook(lambda module, inputs: times.append(inputs[1].item()))
+    model = build(SMALL)
+    seen = decoder_inputs(model)
     settings = dict(refs=1, steps=4, sampler="adams-bashforth")
-    model.sample(labels, cfg=1.0, **settings)
-    assert times == [1, 0.75, 0.5, 0.25]
-    times.clear()
-    model.sample(labels, cfg=1.5, cfg_below=0.5, **settings)
-    assert times == [1, 0.75, 0.5, 0.5, 0.25, 0.25]
+    model.sample(LABEL, cfg=1.0, **settings)
+    assert [t.item() for _, t in seen] == [1, 0.75, 0.5, 0.25]
+    seen.clear()
+    model.sample(LABEL, cfg=1.5, cfg_below=0.5, **settings)
+    assert [t.item() for _, t in seen] == [1, 0.75, 0.5, 0.5, 0.25, 0.25]
 
 
 def test_cfg_below_0_is_no_guidance_and_1_is_guidance_at_every_t():
-    model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
-    none, low, full = (model.sample(labels, steps=4, s2=0, cfg=2, cfg_below=t, noise=noise) for t in (0, 0.5, 1))
-    assert torch.equal(none, model.sample(labels, steps=4, s2=0, cfg=1, noise=noise))
-    assert torch.equal(full, model.sample(labels, steps=4, s2=0, cfg=2, noise=noise))
+    model = build(SMALL)
+    settings = dict(steps=4, s2=0, noise=NOISE)
+    none, low, full = (model.sample(LABEL, cfg=2, cfg_below=t, **settings) for t in (0, 0.5, 1))
+    assert torch.equal(none, model.sample(LABEL, cfg=1, **settings))
+    assert torch.equal(full, model.sample(LABEL, cfg=2, **settings))
     assert not torch.allclose(low, none) and not torch.allclose(low, full)
 
 
-def test_without_null_refs_the_null_class_has_no_references():
-    model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
-    images = model.sample(labels, refs=2, steps=1, cfg=2.5, null_refs=False, noise=noise)
-    c, c_null = model.encode(labels, images[:, :1]), model.encode(torch.tensor([5]))
-    d, d_null = (model.velocity(noise, torch.ones(1), c) + noise for c in (c, c_null))
-    torch.testing.assert_close(images[:, 1], noise - (d_null + 2.5 * (d - d_null)), atol=1e-4, rtol=1e-4)
+def guided(model, c, c_null, cfg):
+    """One step from NOISE to an image by hand: drifts v + x at t = 1, mixed."""
+    drift, drift_null = (model.velocity(NOISE, torch.ones(1), x) + NOISE for x in (c, c_null))
+    return NOISE - (drift_null + cfg * (drift - drift_null))
 
 
 def test_guidance_mixes_the_drifts_and_keeps_the_references():
-    """One step by hand: the null class's branch has the references of the class's branch."""
-    model, labels, null = build(SMALL), torch.tensor([0, 3]), torch.tensor([5, 5])
-    noise = torch.randn(2, 6, 8, 8)
-    images = model.sample(labels, refs=3, steps=1, cfg=2.5, noise=noise)
+    """The null class's branch has the references of the class's branch."""
+    model = build(SMALL)
+    null = torch.tensor([5])
+    images = model.sample(LABEL, refs=3, steps=1, cfg=2.5, noise=NOISE)
     for k in range(3):
         references = images[:, :k] if k else None
-        d, d_null = (model.velocity(noise, torch.ones(2), model.encode(y, references)) + noise for y in (labels, null))
-        expected = noise - (d_null + 2.5 * (d - d_null))
+        c_null = model.encode(null, references)
+        expected = guided(model, model.encode(LABEL, references), c_null, 2.5)
         torch.testing.assert_close(images[:, k], expected, atol=1e-4, rtol=1e-4)
         if k:  # without the references the null class's condition would differ
-            c, without = model.encode(null, references), model.encode(null)
-            assert not torch.allclose(c[:, -4:], without[:, -4:], atol=1e-2)
+            assert not torch.allclose(c_null[:, -4:], model.encode(null)[:, -4:], atol=1e-2)
+
+
+def test_without_null_refs_the_null_class_has_no_references():
+    model = build(SMALL)
+    images = model.sample(LABEL, refs=2, steps=1, cfg=2.5, null_refs=False, noise=NOISE)
+    c_null = model.encode(torch.tensor([5]))
+    expected = guided(model, model.encode(LABEL, images[:, :1]), c_null, 2.5)
+    torch.testing.assert_close(images[:, 1], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_condition_is_computed_once_for_all_steps_and_draws():
-    model, calls = build(SMALL), []
+    model = build(SMALL)
+    calls = []
     model.ar.register_forward_pre_hook(lambda *_: calls.append("condition"))
     for block in model.decoder.blocks:
         block.attn2.wk.register_forward_pre_hook(lambda *_: calls.append("keys"))
-    model.sample(torch.tensor([0]), steps=7, cfg=1.5)
-    # 4 images, each with both branches of guidance
+    model.sample(LABEL, steps=7, cfg=1.5)
+    # 4 images, each with both branches of guidance.
     assert calls.count("condition") == 8 and calls.count("keys") == 8 * SMALL.dit_depth
     calls.clear()
     model.loss(*random_chains(SMALL), batch_mul=5)
     assert calls.count("condition") == 1 and calls.count("keys") == SMALL.dit_depth
 
 
+@pytest.mark.parametrize("sampler", ["euler-maruyama", "adams-bashforth"])
+def test_on_step_is_called_once_per_step_with_guidance_and_without(sampler):
+    model = build(SMALL)
+    for cfg in (1.0, 1.5):
+        calls = []
+        model.sample(LABEL, steps=3, cfg=cfg, sampler=sampler, on_step=lambda: calls.append(1))
+        assert len(calls) == 3 * SMALL.refs
+
+
 def test_a_shorter_chain_is_the_start_of_a_longer_one():
-    model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
-    full = model.sample(labels, steps=4, s2=0, noise=noise)
+    model = build(SMALL)
+    full = model.sample(LABEL, steps=4, s2=0, noise=NOISE)
     assert full.shape == (1, 4, 6, 8, 8)
-    torch.testing.assert_close(model.sample(labels, refs=2, steps=4, s2=0, noise=noise), full[:, :2])
-    with pytest.raises(ValueError, match="chains of 1 to 4"):
-        model.sample(labels, refs=5, steps=1)
-    with pytest.raises(ValueError, match="at most 3"):
-        model.encode(labels, torch.zeros(1, 4, 6, 8, 8))
+    short = model.sample(LABEL, refs=2, steps=4, s2=0, noise=NOISE)
+    torch.testing.assert_close(short, full[:, :2])
 
 
 def test_references_start_the_chain():
-    model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
-    kwargs = dict(steps=4, s2=0, noise=noise)
-    full = model.sample(labels, **kwargs)
-    torch.testing.assert_close(model.sample(labels, references=full[:, :2], **kwargs), full)
-    others = model.sample(labels, references=torch.randn(1, 2, 6, 8, 8), **kwargs)
+    model = build(SMALL)
+    settings = dict(steps=4, s2=0, noise=NOISE)
+    full = model.sample(LABEL, **settings)
+    torch.testing.assert_close(model.sample(LABEL, references=full[:, :2], **settings), full)
+    others = model.sample(LABEL, references=torch.randn(1, 2, 6, 8, 8), **settings)
     assert not torch.allclose(others[:, 2], full[:, 2])
 
 
 def test_guidance_may_differ_from_image_to_image():
-    model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
-    kwargs = dict(steps=4, s2=0, noise=noise)
-    same, first = model.sample(labels, cfg=2.0, **kwargs), model.sample(labels, cfg=[1.0, 2.0, 2.0, 2.0], **kwargs)
-    torch.testing.assert_close(model.sample(labels, cfg=[2.0] * 4, **kwargs), same)
-    torch.testing.assert_close(first[:, :1], model.sample(labels, refs=1, cfg=1.0, **kwargs))
+    model = build(SMALL)
+    settings = dict(steps=4, s2=0, noise=NOISE)
+    same = model.sample(LABEL, cfg=2.0, **settings)
+    torch.testing.assert_close(model.sample(LABEL, cfg=[2.0] * 4, **settings), same)
+    first = model.sample(LABEL, cfg=[1.0, 2.0, 2.0, 2.0], **settings)
+    torch.testing.assert_close(first[:, :1], model.sample(LABEL, refs=1, cfg=1.0, **settings))
     assert not torch.allclose(first[:, 0], same[:, 0])
-    with pytest.raises(ValueError, match="takes a cfg for each"):
-        model.sample(labels, cfg=[1.0, 2.0], **kwargs)
 
 
-@pytest.mark.parametrize("wrong", [dict(sampler="euler"), dict(steps=0)])
-def test_an_unknown_sampler_or_no_steps_are_refused(wrong):
-    with pytest.raises(ValueError, match="expected a sampler"):
-        build(SMALL).sample(torch.tensor([4]), **wrong)
+@pytest.mark.parametrize("wrong,message", [
+    (dict(sampler="euler"), "sampler euler: must be euler-maruyama or adams-bashforth"),
+    (dict(sampler="adams-bashforth", s1=0.9), "s1, s2: adams-bashforth has no noise to scale"),
+    (dict(sampler="adams-bashforth", s2=0.9), "s1, s2: adams-bashforth has no noise to scale"),
+    (dict(labels=torch.tensor([0, 5])), "labels .0, 5.: must be 0 to 4"),
+    (dict(labels=torch.tensor([-1])), "labels .-1.: must be 0 to 4"),
+    (dict(refs=5), "refs 5: this model draws chains of 1 to 4 images"),
+    (dict(refs=-1), "refs -1: this model draws chains of 1 to 4 images"),
+    (dict(cfg=[1.0, 2.0]), "cfg .1.0, 2.0.: give one number, or one for each of 4 images"),
+])  # fmt: skip
+def test_what_sample_would_silently_ignore_is_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        build(SMALL).sample(**{"labels": LABEL, "steps": 1, **wrong})
+
+
+def test_s1_is_refused_with_a_sampler_that_the_model_carries():
+    model = build(SMALL)
+    model.sampling.update(sampler="adams-bashforth", steps=2)
+    model.sample(LABEL)
+    with pytest.raises(UserError, match="adams-bashforth has no noise to scale"):
+        model.sample(LABEL, s1=0.9)
+    model.sample(LABEL, s1=0.9, sampler="euler-maruyama")
+
+
+def test_an_unknown_setting_of_sample_is_an_error():
+    with pytest.raises(TypeError, match="step"):
+        build(SMALL).sample(LABEL, step=5)
 
 
 def test_the_images_of_a_chain_start_from_the_same_noise():
-    model, labels, noise = build(SMALL), torch.tensor([4]), torch.randn(1, 6, 8, 8)
-    starts = []
-    model.decoder.register_forward_pre_hook(lambda module, inputs: starts.append(inputs[0]))
-    model.sample(labels, steps=1, cfg=1.0, noise=noise)
-    assert len(starts) == 4 and all(torch.equal(x, noise) for x in starts)
+    model = build(SMALL)
+    seen = decoder_inputs(model)
+    model.sample(LABEL, steps=1, cfg=1.0, noise=NOISE)
+    assert len(seen) == 4 and all(torch.equal(x[:, 0], NOISE) for x, _ in seen)
 
 
 def test_adams_bashforth_samples_depend_on_the_first_noise_only():
-    model, labels, noise = build(SMALL), torch.tensor([0, 1]), torch.randn(2, 6, 8, 8)
-    settings = dict(steps=3, cfg=1.5, noise=noise, sampler="adams-bashforth")
-    a, b = (model.sample(labels, s1=s1, **settings) for s1 in (1.0, 0.5))
-    assert torch.equal(a, b) and a.shape == (2, 4, 6, 8, 8)
+    model = build(SMALL)
 
+    def noise_sampler(x):
+        raise AssertionError("drew noise")
 
-def test_samples_have_the_published_settings_by_default():
-    model, labels, noise, times = build(ONE_STEP), torch.tensor([0]), torch.randn(1, 6, 8, 8), []
-    published = SAMPLING["other"]
-    a, b = (model.sample(labels, noise=noise, noise_sampler=torch.ones_like, **s) for s in ({}, published))
-    assert torch.equal(a, b)
-    model.decoder.register_forward_pre_hook(lambda module, inputs: times.append(inputs[1]))
-    model.sample(labels, steps=None, cfg=1.0)  # None, as of a flag that was not given, is the default
-    assert len(times) == published["steps"]
-
-
-@pytest.mark.parametrize("size,refs,latent_size,name", [
-    ("B", 1, 16, "B"),
-    ("L", 1, 32, "L-512"), ("L", 4, 16, "L-mrar"), ("H", 4, 16, "H-mrar"), ("B", 4, 16, "B"), ("XS", 4, 8, "XS"),
-])  # fmt: skip
-def test_published_settings_are_found_by_the_shape_of_the_model(size, refs, latent_size, name):
-    assert sampling_settings(dataclasses.replace(SIZES[size], refs=refs, latent_size=latent_size)) == SAMPLING[name]
+    settings = dict(steps=3, cfg=1.5, noise_sampler=noise_sampler, sampler="adams-bashforth")
+    a, b = (model.sample(LABEL, noise=NOISE, **settings) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == (1, 4, 6, 8, 8)
+    assert not torch.allclose(a, model.sample(LABEL, noise=-NOISE, **settings))
 
 
 def test_weights_cast_once_give_the_samples_of_autocast():
-    labels, noise = torch.tensor([0, 1]), torch.randn(2, 6, 8, 8)
-    models = build(SMALL), cast_weights(build(SMALL), torch.bfloat16)
+    models = (build(SMALL), cast_weights(build(SMALL), torch.bfloat16))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        a, b = (model.sample(labels, steps=2, cfg=1.5, s2=0, noise=noise) for model in models)
+        a, b = (model.sample(LABEL, steps=2, cfg=1.5, s2=0, noise=NOISE) for model in models)
     assert torch.equal(a, b)
 
 
@@ -454,31 +558,41 @@ def test_references_at_512_px():
     config = Config(32, 2, 1, 1, num_classes=3, refs=4, latent_size=32)
     assert config.patch == 4 and config.tokens_per_image == 64
     model = build(config)
-    assert model.encode(torch.tensor([1]), torch.randn(1, 3, 16, 32, 32)).shape == (1, 256, 32)
-    assert model.sample(torch.tensor([1]), steps=1, cfg=1.3).shape == (1, 4, 16, 32, 32)
-    assert model.loss(torch.randn(2, 4, 16, 32, 32), torch.tensor([0, 1])).isfinite()
+    label = torch.tensor([1])
+    assert model.encode(label, torch.randn(1, 3, 16, 32, 32)).shape == (1, 256, 32)
+    assert model.sample(label, steps=1, cfg=1.3).shape == (1, 4, 16, 32, 32)
+    assert model.loss(torch.randn(1, 4, 16, 32, 32), label).isfinite()
 
 
-@pytest.mark.parametrize("change", [dict(refs=3), dict(cond_tokens=18), dict(latent_size=7), dict(heads=5)])
-def test_sizes_that_do_not_fit_are_refused(change):
-    ((name, value),) = change.items()
-    with pytest.raises(ValueError, match=f"{name} {value}"):
+@pytest.mark.parametrize("change,message", [
+    (dict(refs=3), "refs 3: must be 1, 4, 16 or 64"),
+    (dict(cond_tokens=12), "refs 4: each image has 3 tokens"),
+    (dict(latent_size=7), "the side of the latents has to be a multiple of 2; it is 7"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
         dataclasses.replace(SMALL, **change)
 
 
-# ------------------------------------------------------------------------------------------ warm start
-
-
+# -------------------------------------------------------------------------------- warm start
 def save(model, path, **entries):
-    torch.save(dict(model=model.state_dict(), config=dataclasses.asdict(model.config), **entries), path)
+    config = dataclasses.asdict(model.config)
+    torch.save(dict(model=model.state_dict(), config=config, **entries), path)
     return path
 
 
+def start(model, path, classes="abcde"):
+    """As train.py's --init PATH."""
+    warm_start(model, load_state(path), list(classes), path)
+
+
 def test_mrar_starts_from_every_weight_of_a_one_step_model(tmp_path, capsys):
-    one_step, mrar = build(ONE_STEP), build(SMALL, seed=9)
+    one_step = build(ONE_STEP)
+    mrar = build(SMALL, seed=9)
     new = mrar.state_dict()["ar.reference_proj.weight"].clone()
-    warm_start(mrar, save(one_step, tmp_path / "one.pt"))
-    theirs, ours = one_step.state_dict(), mrar.state_dict()
+    start(mrar, save(one_step, tmp_path / "one.pt"))
+    theirs = one_step.state_dict()
+    ours = mrar.state_dict()
     for name in theirs:
         if name != "ar.mask_tokens":
             assert torch.equal(ours[name], theirs[name]), name
@@ -490,52 +604,134 @@ def test_mrar_starts_from_every_weight_of_a_one_step_model(tmp_path, capsys):
 
 
 def test_a_model_of_256_px_starts_one_of_512_px_with_interpolated_positions(tmp_path, capsys):
-    small, large = build(ONE_STEP), build(dataclasses.replace(ONE_STEP, latent_size=16), seed=9)
+    small = build(ONE_STEP)
+    large = build(dataclasses.replace(ONE_STEP, latent_size=16), seed=9)
     with torch.no_grad():  # a ramp down the rows
-        small.decoder.positions.copy_(torch.arange(8.0).repeat_interleave(8)[None, :, None].expand(1, 64, 32))
-    warm_start(large, save(small, tmp_path / "small.pt"))
+        ramp = torch.arange(8.0).repeat_interleave(8)
+        small.decoder.positions.copy_(ramp[None, :, None].expand(1, 64, 32))
+    start(large, save(small, tmp_path / "small.pt"))
     ramp = large.decoder.positions.detach().view(16, 16, 32)
     assert ramp.std(1).max() < 1e-5  # constant along each row
     torch.testing.assert_close(ramp[4:12, 0, 0], torch.arange(4, 12) / 2 - 0.25, atol=0.05, rtol=0)
-    assert torch.equal(large.state_dict()["ar.positions"], small.state_dict()["ar.positions"])
-    assert "decoder positions interpolated, latents 8 -> 16" in capsys.readouterr().out
+    assert torch.equal(large.ar.positions, small.ar.positions)
+    assert "decoder positions interpolated, 8 -> 16" in capsys.readouterr().out
 
 
-def test_a_model_of_other_classes_keeps_its_new_class_embeddings(tmp_path, capsys):
-    old, model = build(ONE_STEP), build(dataclasses.replace(ONE_STEP, num_classes=7), seed=9)
-    new = model.state_dict()["ar.class_embedding.weight"].clone()
-    warm_start(model, save(old, tmp_path / "old.pt"))
-    assert torch.equal(model.ar.class_embedding.weight, new) and torch.equal(model.ar.null_class, old.ar.null_class)
-    assert "5 -> 7 classes" in capsys.readouterr().out
+def test_class_embeddings_are_matched_by_name_not_by_their_place(tmp_path, capsys):
+    old = build(ONE_STEP)
+    model = build(ONE_STEP, seed=9)
+    new = model.ar.class_embedding.weight.detach().clone()
+    path = save(old, tmp_path / "old.pt", classes=["ant", "bee", "cat", "dog", "eel"])
+    start(model, path, ["bee", "cat", "cow", "dog", "ant"])
+    rows = model.ar.class_embedding.weight
+    for row, theirs in ((0, 1), (1, 2), (3, 3), (4, 0)):
+        assert torch.equal(rows[row], old.ar.class_embedding.weight[theirs])
+    assert torch.equal(rows[2], new[2])
+    assert torch.equal(model.ar.null_class, old.ar.null_class)
+    assert capsys.readouterr().out.strip().endswith("matched by name; new: cow")
+
+
+@pytest.mark.parametrize("num_classes,kept", [(5, True), (7, False)])
+def test_without_names_class_embeddings_are_kept_if_the_counts_agree(num_classes, kept, tmp_path):
+    old = build(ONE_STEP)
+    model = build(dataclasses.replace(ONE_STEP, num_classes=num_classes), seed=9)
+    new = model.ar.class_embedding.weight.detach().clone()
+    start(model, save(old, tmp_path / "old.pt"), "abcdefg"[:num_classes])
+    expected = old.ar.class_embedding.weight if kept else new
+    assert torch.equal(model.ar.class_embedding.weight, expected)
 
 
 def test_a_start_from_weights_of_another_shape_is_refused(tmp_path):
     path = save(build(ONE_STEP), tmp_path / "narrow.pt")
-    with pytest.raises(ValueError, match="narrow.pt: weights of another shape: width 32, not 64"):
-        warm_start(build(dataclasses.replace(ONE_STEP, width=64)), path)
+    with pytest.raises(UserError, match="narrow.pt: weights of another shape: .*width=32"):
+        start(build(dataclasses.replace(ONE_STEP, width=64)), path)
 
 
-# ------------------------------------------------------------------------------------------ checkpoints
-
-
-def test_our_checkpoints_load(tmp_path):
+# -------------------------------------------------------------------------------- checkpoints
+def test_our_checkpoints_load_as_a_file_and_as_the_folder_of_a_run(tmp_path):
     model = build(SMALL)
-    loaded = load_checkpoint(save(model.half(), tmp_path / "ema.pt", classes=list("abcde")))
-    assert loaded.config == SMALL and loaded.info["classes"] == list("abcde") and not loaded.training
-    for name, p in loaded.named_parameters():
-        assert p.dtype == torch.float32 and torch.equal(p, model.state_dict()[name].float()), name
+    save(model.half(), tmp_path / "ema.pt", classes=list("abcde"))
+    for path in (tmp_path / "ema.pt", str(tmp_path / "ema.pt"), tmp_path, str(tmp_path)):
+        loaded = load_checkpoint(path)
+        assert loaded.config == SMALL and loaded.info["classes"] == list("abcde")
+        assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        for name, p in loaded.named_parameters():
+            assert p.dtype == torch.float32 and torch.equal(p, model.state_dict()[name].float())
 
 
-def test_refs_64_with_one_token_an_image_is_not_taken_for_one_step(tmp_path):
+def test_a_checkpoint_carries_its_sampling_settings(tmp_path):
+    model = build(SMALL)
+    settings = dict(sampler="adams-bashforth", steps=3, cfg=1.7, cfg_below=0.6, null_refs=False)
+    loaded = load_checkpoint(save(model, tmp_path / "ema.pt", sampling=settings))
+    calls = []
+    ours = loaded.sample(LABEL, noise=NOISE, on_step=lambda: calls.append(1))
+    assert len(calls) == 3 * SMALL.refs
+    assert torch.equal(ours, model.sample(LABEL, noise=NOISE, **settings))
+    # None, as of a flag that was not given, is the model's setting too.
+    assert torch.equal(ours, loaded.sample(LABEL, noise=NOISE, steps=None, cfg=None))
+    assert not torch.allclose(ours, loaded.sample(LABEL, noise=NOISE, cfg=1.0))
+
+
+@pytest.mark.parametrize("size,refs,latent_size,cfg,s1,s2", [
+    ("B", 1, 16, 1.30, 0.87, 0.91),
+    ("B", 4, 16, 1.30, 0.87, 0.91),
+    ("L", 1, 16, 1.30, 0.89, 0.95),
+    ("L", 4, 16, 1.30, 0.925, 0.95),
+    ("L", 1, 32, 1.30, 0.87, 0.87),
+    ("H", 1, 16, 1.23, 0.87, 0.93),
+    ("H", 4, 16, 1.28, 0.87, 0.91),
+])  # fmt: skip
+def test_a_file_without_settings_gets_the_published_ones(size, refs, latent_size, cfg, s1, s2):
+    settings = default_sampling(
+        dataclasses.replace(SIZES[size], refs=refs, latent_size=latent_size)
+    )
+    assert settings == dict(
+        sampler="euler-maruyama",
+        steps=100,
+        cfg=cfg,
+        cfg_below=1.0,
+        null_refs=True,
+        s1=s1,
+        s2=s2,
+    )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_saved_from_ddp_or_torch_compile_load(prefix, tmp_path):
+    model = build(SMALL)
+    weights = {prefix + name: p for name, p in model.state_dict().items()}
+    torch.save(dict(model=weights, config=dataclasses.asdict(SMALL)), tmp_path / "x.pt")
+    loaded = load_checkpoint(tmp_path / "x.pt").state_dict()
+    assert all(torch.equal(loaded[name], p) for name, p in model.state_dict().items())
+
+
+def test_bare_weights_of_a_model_with_a_compiled_part_load(tmp_path):
+    """The shapes of the weights give the configuration."""
+    model = build(dataclasses.replace(SMALL, width=64, heads=1))
+    weights = model.state_dict()
+    compiled = {k.replace("decoder.", "decoder._orig_mod."): p for k, p in weights.items()}
+    torch.save(compiled, tmp_path / "x.pt")
+    loaded = load_checkpoint(tmp_path / "x.pt")
+    ours, theirs = (m.sample(LABEL, steps=2, s2=0, noise=NOISE) for m in (loaded, model))
+    assert torch.equal(ours, theirs)
+
+
+def test_refs_64_with_one_token_per_image_is_not_taken_for_one_step(tmp_path):
     config = dataclasses.replace(SMALL, refs=64, cond_tokens=64)
     assert load_checkpoint(save(build(config), tmp_path / "ema.pt")).config == config
 
 
-@pytest.mark.parametrize("content", [{"model": {}}, {"model": {"a": torch.ones(1)}}, [1, 2], {"state_dict": {}}])
-def test_files_of_something_else_are_refused(content, tmp_path):
+@pytest.mark.parametrize("content,message", [
+    ({"epoch": 3, "optimizer": {}}, "TransDiff model, it has epoch, optimizer"),
+    ({"model": {}}, "TransDiff model, it has model"),
+    ({"model": {"a": torch.ones(1)}, "args": {}}, "TransDiff model, it has model, args"),
+    ({"state_dict": {}}, "TransDiff model, it has state_dict"),
+    ([1, 2], "checkpoint .it holds a list"),
+])  # fmt: skip
+def test_a_file_of_something_else_is_refused_by_what_it_has(content, message, tmp_path):
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="x.pt: not a readable TransDiff model"):
-        load_state(tmp_path / "x.pt")
+    with pytest.raises(UserError, match=f"x.pt: not a readable {message}"):
+        load_checkpoint(tmp_path / "x.pt")
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -544,6 +740,115 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return (open, (str(tmp_path / "proof"), "w"))
 
     torch.save({"model": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt: not a readable checkpoint"):
+    with pytest.raises(UserError, match="evil.pt: not a readable checkpoint"):
         load_state(tmp_path / "evil.pt")
     assert not (tmp_path / "proof").exists()
+
+
+def test_a_vae_of_other_latents_than_the_models_is_refused(tmp_path):
+    model = load_checkpoint(DEMO_MODEL)
+    load_vae(DEMO_VAE, model=model)
+    other = torch.load(DEMO_VAE, weights_only=True)
+    other["scale"] *= 2
+    torch.save(other, tmp_path / "other.pt")
+    load_vae(tmp_path / "other.pt")
+    with pytest.raises(UserError, match="--vae .*other.pt: not the VAE of this model's latents"):
+        load_vae(tmp_path / "other.pt", model=model)
+    # A released model does not name its VAE: the channels have to agree.
+    with pytest.raises(UserError, match="not the VAE of this model's latents"):
+        load_vae(DEMO_VAE, model=build(SMALL))
+
+
+# -------------------------------------------------------------------------------- for all scripts
+def choose(word, classes, empty=()):
+    """Index of the class that `--class word` names."""
+    model = build(dataclasses.replace(ONE_STEP, num_classes=len(classes)))
+    model.info = dict(classes=classes, empty=list(empty))
+    return class_index("--class", word, model)
+
+
+@pytest.mark.parametrize("word,classes,index", [
+    ("bag", ["shirt", "bag"], 1),
+    ("BAG", ["shirt", "bag"], 1),
+    ("ankle boot", ["shirt", "Ankle Boot"], 1),
+    ("1", ["shirt", "bag"], 1),  # no name is a number: an index
+    ("cat", ["Cat", "cat"], 1),  # the exact name first
+    (unicodedata.normalize("NFD", "Café"), ["bar", unicodedata.normalize("NFC", "Café")], 1),
+    (unicodedata.normalize("NFC", "café"), ["bar", unicodedata.normalize("NFD", "Café")], 1),
+    ("1", ["01", "02", "03", "04"], 0),  # folders of numbers: by their value
+    ("04", ["01", "02", "03", "04"], 3),
+    ("10", [str(i) for i in (1, 10, 11, 2)], 1),
+    ("2", ["2", "1", "many"], 0),  # a name before an index
+    ("0", ["2", "1", "many"], 0),
+])  # fmt: skip
+def test_a_class_is_named_in_any_case_and_unicode_form_or_by_its_index(word, classes, index):
+    assert choose(word, classes) == index
+
+
+@pytest.mark.parametrize("word,classes,empty", [
+    ("trousers", ["shirt", "bag"], []),
+    ("2", ["shirt", "bag"], []),
+    ("-1", ["shirt", "bag"], []),
+    ("0", ["01", "02"], []),  # all names are numbers: an index would be mistaken for one
+    ("shirt", ["bag", "shirt", "coat"], [1]),  # had no images to be trained on
+    ("1", ["bag", "shirt", "coat"], [1]),
+])  # fmt: skip
+def test_another_class_is_refused_with_the_names_of_those_that_there_are(word, classes, empty):
+    trained = ", ".join(name for k, name in enumerate(classes) if k not in empty)
+    message = f"--class {word}: this model was trained on the classes {trained}$"
+    with pytest.raises(UserError, match=message):
+        choose(word, classes, empty)
+
+
+def test_the_classes_of_a_model_without_names_are_its_indices():
+    assert class_index("--class", "3", build(ONE_STEP)) == 3
+    with pytest.raises(UserError, match="--class 5: .* 0, 1, 2, 3, 4"):
+        class_index("--class", "5", build(ONE_STEP))
+
+
+def test_the_noise_of_an_image_is_the_same_in_every_batch():
+    x = torch.empty(3, 6, 8, 8)
+    together = per_image_noise(0, [3, 4, 5])
+    alone = per_image_noise(0, [5])
+    for _ in range(2):  # draw after draw
+        noise = together(x)
+        assert torch.equal(noise[2:], alone(x[:1]))
+        assert len(noise.flatten(1).unique(dim=0)) == 3
+    assert not torch.equal(per_image_noise(1, [3])(x[:1]), per_image_noise(0, [3])(x[:1]))
+    first, second = (together(x) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_the_noise_of_an_image_is_on_the_device_of_the_images():
+    """On any device, not only CUDA: it crashed on MacBooks (mps)."""
+    assert per_image_noise(0, [3])(torch.empty(1, 6, 8, 8, device="meta")).is_meta
+
+
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import model
+model.run_main(lambda: exec(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("code,status,line", [
+    ("raise model.UserError('photos: no such folder')", 2, "mine.py: photos: no such folder"),
+    ("open('gone.pt')", 2, "mine.py: gone.pt: No such file or directory"),
+    ("raise MemoryError", 2, "mine.py: out of memory; lower --batch-size"),
+    ("raise KeyboardInterrupt", 130, "mine.py: interrupted; the same command continues"),
+])  # fmt: skip
+def test_a_mistake_in_the_input_is_one_line(code, status, line, command, tmp_path):
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    _, err = command([tmp_path / "mine.py", code], expect=status)
+    assert err.startswith(line) and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("code,line", [
+    ("a, b = 1, 2, 3", "ValueError: too many values to unpack"),
+    ("import torch; torch.ones(2) @ torch.ones(3)", "RuntimeError: "),
+])  # fmt: skip
+def test_a_mistake_in_the_code_is_a_traceback(code, line, command, tmp_path):
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    _, err = command([tmp_path / "mine.py", code], expect=1)
+    assert "Traceback" in err and line in err.splitlines()[-1]

@@ -1,4 +1,7 @@
-"""Results of the authors' released code: every entry of released_small.npz, to 1e-4 of its largest value."""
+"""Results of the authors' released code.
+
+Every entry of released_small.npz, to 1e-4 of its largest value.
+"""
 
 import dataclasses
 
@@ -9,8 +12,11 @@ from golden import OUTCOMES, assert_close, released_state, tensor, write_release
 from model import SIZES, TransDiff, load_checkpoint
 from vae import load_vae
 
-LABELS, T = torch.tensor([1, 7]), torch.tensor([0.3, 0.7])
-X, NOISE, X512 = tensor("x", 2, 16, 16, 16), tensor("noise", 2, 16, 16, 16), tensor("x512", 2, 16, 32, 32)
+LABELS = torch.tensor([1, 7])
+T = torch.tensor([0.3, 0.7])
+X = tensor("x", 2, 16, 16, 16)
+NOISE = tensor("noise", 2, 16, 16, 16)
+X512 = tensor("x512", 2, 16, 32, 32)
 LATENTS = tensor("latents", 2, 4, 16, 16, 16)
 
 
@@ -27,18 +33,27 @@ def test_one_step_condition_velocity_and_loss(load):
     assert_close("one_step.c", c)
     assert_close("one_step.c_null", model.encode(torch.tensor([10])))
     assert_close("one_step.v", model.velocity(X, T, c))
-    assert_close("one_step.loss", model.loss(LATENTS[:, :1], LABELS, T[:, None], NOISE[:, None])[None])
+    loss = model.loss(LATENTS[:, :1], LABELS, T[:, None], NOISE[:, None])
+    assert_close("one_step.loss", loss[None])
 
 
 def test_one_step_samples(load):
     model = load("one_step")
-    assert_close("one_step.sample", model.sample(LABELS, steps=8, cfg=1.3, s1=0.87, s2=0, noise=NOISE)[:, -1])
-    assert_close("one_step.sample_cfg1", model.sample(LABELS, steps=5, cfg=1, s1=1, s2=0, noise=NOISE)[:, -1])
+    guided = model.sample(LABELS, steps=8, cfg=1.3, s1=0.87, s2=0, noise=NOISE)
+    assert_close("one_step.sample", guided[:, -1])
+    plain = model.sample(LABELS, steps=5, cfg=1, s1=1, s2=0, noise=NOISE)
+    assert_close("one_step.sample_cfg1", plain[:, -1])
     draws = (tensor(f"step{i}", 2, 16, 16, 16) for i in range(5))
     settings = dict(steps=6, cfg=1.3, s1=0.89, s2=0.95)
     x = model.sample(LABELS, noise=NOISE, noise_sampler=lambda x: next(draws), **settings)
     assert_close("one_step.sample_s2", x[:, -1])
     assert next(draws, None) is None  # all draws are used, one less than steps
+
+
+def test_a_released_file_has_the_published_sampling_settings(load):
+    settings = dict(steps=100, cfg=1.3, cfg_below=1.0, null_refs=True, s1=0.87, s2=0.91)
+    for kind in ("one_step", "mrar"):
+        assert load(kind).sampling == dict(settings, sampler="euler-maruyama")
 
 
 def test_one_step_at_512_px(load):
@@ -54,7 +69,8 @@ def test_mrar_condition_velocity_and_loss(load):
     assert_close("mrar.c", c)
     for i in range(4):
         assert_close(f"mrar.v{i}", model.velocity(X, T, c[:, : 64 * (i + 1)]))
-    t, noise = T[:, None].expand(2, 4), NOISE[:, None].expand_as(LATENTS)  # the release draws once for a chain
+    t = T[:, None].expand(2, 4)  # the release draws t and noise once per chain
+    noise = NOISE[:, None].expand_as(LATENTS)
     loss = model.loss(LATENTS, LABELS, t, noise).item()
     assert loss == pytest.approx(OUTCOMES["mrar.loss"].mean(), rel=1e-4)
 
@@ -76,11 +92,15 @@ def test_vae(tmp_path):
 
 @pytest.mark.parametrize("kind", ["one_step", "one_step_512", "mrar"])
 def test_bfloat16_and_plain_weights_load(kind, tmp_path):
-    """Files of the bf16 recipe hold bfloat16. `model` is loaded where there is no model_ema, and with ema=False."""
+    """Files of the bf16 recipe hold bfloat16.
+
+    `model` is loaded where there is no model_ema, and with ema=False.
+    """
     state = {k: v.bfloat16() for k, v in released_state(kind).items()}
     torch.save({"model": state}, tmp_path / "plain.pth")
     ours = load_checkpoint(tmp_path / "plain.pth", ema=True).state_dict()["ar.positions"]
-    assert ours.dtype == torch.float32 and torch.equal(ours, state["encoder_pos_embed_learned"].float())
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, state["encoder_pos_embed_learned"].float())
     without_ema = load_checkpoint(write_released(kind, tmp_path / "both.pth"), ema=False)
     assert not without_ema.state_dict()["ar.positions"].any()
 
@@ -93,7 +113,7 @@ def test_parameter_counts(size, refs, released):
     with torch.device("meta"):
         model = TransDiff(dataclasses.replace(SIZES[size], refs=refs))
     count = sum(p.numel() for p in model.parameters())
-    # The released 1-step models have a projection of references that they never use; ours leave it out.
+    # The released 1-step models have a projection of references that they never use; ours do not.
     unused = 0 if refs > 1 else 17 * model.config.width
     assert count + unused == released
     assert abs(count - released) < 1e-4 * released
