@@ -460,8 +460,7 @@ class Run:
     def announce(self, num_params):
         """Print what will be trained."""
         args = self.args
-        if not (self.out / "vae.pt").exists():  # a run's folder is complete: it can be moved
-            shutil.copy(self.cache.path / "vae.pt", self.out)
+        shutil.copy(self.cache.path / "vae.pt", self.out)  # the folder is complete: it can be moved
         micro_batch = args.batch_size // WORLD // self.accumulate
         print(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {self.device.type}")
         print(f"{len(self.chains.images):,} images of {len(self.cache.classes)} classes")

@@ -54,6 +54,7 @@ FULL = dict(
     pictures=500,  # steps between pictures
     net_steps=1000,  # of the second feature network
     num=1000,  # chains to measure
+    few=500,  # chains to measure where they take long
     positions=(0, 1, 2, 3, 15, 63),  # images of a chain to measure
     scales=(1, 1.25, 1.5, 2, 3),  # of guidance
     evaluations=8,  # steps of the sampler without noise
@@ -71,7 +72,8 @@ QUICK = dict(
     tune=2,
     pictures=0,
     net_steps=2,
-    num=20,
+    num=10,
+    few=10,
     positions=(0, 3),
     scales=(1, CFG),
     evaluations=1,
@@ -86,6 +88,7 @@ args = argparse.Namespace(**FULL)  # main adds the flags
 # Loading takes longer than the features of a few images.
 load_vae = functools.cache(load_vae)
 fid.load_net = functools.cache(fid.load_net)
+train.count_flops = functools.cache(train.count_flops)
 
 
 # -------------------------------------------------------------------------------- runs
@@ -407,7 +410,7 @@ def samplers(seed):
             def image_1(labels, randn):
                 return draw(labels, randn)[:, 1:]
 
-            yield from measure(f"{name}, evaluations {n}", seed, image_1, args.num // 2)
+            yield from measure(f"{name}, evaluations {n}", seed, image_1, args.few)
 
 
 def s1_s2(seed):
@@ -417,7 +420,7 @@ def s1_s2(seed):
     for s1 in args.factors:
         for s2 in args.factors:
             draw = sampler(model, s1=s1, s2=s2, **settings)
-            yield from measure(f"s1 {s1}, s2 {s2}", seed, draw, args.num // 2)
+            yield from measure(f"s1 {s1}, s2 {s2}", seed, draw, args.few)
 
 
 def refs(seed):
@@ -431,7 +434,7 @@ def refs(seed):
         if count < 64 or seed == args.seeds[0]:
             model = load(stage2(seed, count) if count > 1 else control(seed))
             name = f"chains of {count}"
-            yield from at_scales(name, seed, sampler(model), (1, CFG), args.num // 2)
+            yield from at_scales(name, seed, sampler(model), (1, CFG), args.few)
 
 
 def t(seed):

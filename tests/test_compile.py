@@ -98,7 +98,7 @@ def test_blocks_compile_under_ddp_once_per_kind(refs, backend, process_group, mo
 
 
 def test_a_compiled_decoder_draws_a_chain_with_guidance(backend):
-    """As sample.py --compile. The condition grows from image to image, the null class's does not."""
+    """As sample.py --compile. The condition grows with the chain, the null class's does not."""
     model = build(refs=4).eval()
     labels = torch.tensor([0, 3])
     settings = dict(sampler="adams-bashforth", steps=2, cfg=1.5, null_refs=False)

@@ -1,14 +1,13 @@
-"""Stages 1 and 2: the order of the data, the recipes, resuming a run, and the commands as a user runs them."""
+"""Stages 1 and 2: the order of the data, recipes, resuming, and the commands as a user types them."""
 
-import argparse
 import csv
 import dataclasses
-import logging
+import os
 import re
 import shutil
-import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,60 +16,66 @@ import pytest
 import torch
 from conftest import ROOT, forks, run_script
 from in_process import run_in_process
+from PIL import Image
 from test_vae import save_small_vae
 
-from model import SIZES, TransDiff, load_checkpoint, load_file
-from train import (
-    COMMON,
-    RECIPES,
-    Chains,
-    resolve_flags,
-    learning_rate,
-    loss_inputs,
-    make_optimizer,
-    split,
-    update_ema,
-)
-from vae import Images, encode_images, load_vae
+import model
+import train
+import vae
+from model import SIZES, TransDiff, derive_seed, load_checkpoint, load_file
+from train import RECIPES, Chains, learning_rate, make_optimizer, memory_per_chain
+from train import micro_batches_needed, split, update_ema
+from vae import Images, LatentCache, encode_images, load_vae, sample_posterior
 
-# ------------------------------------------------------------------------------------------ chains and draws
+# ------------------------------------------------------------------------------- chains of images
 
 
 def fake_cache(counts, seed=0):
-    """A cache of counts[k] images of class k. Channel 0 of the moments is the image's index, channel 1 its side."""
-    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
-    moments = np.empty((len(labels), 2, 2, 1, 1), np.float16)
-    moments[:, :, 0, 0, 0] = np.arange(len(labels))[:, None]
-    moments[:, :, 1, 0, 0] = [0, 1]
+    """A cache of counts[k] images of class k.
 
-    class Cache(SimpleNamespace):
-        def __len__(self):
-            return len(self.labels)
+    Channel 0 of the moments is the index of the image, channel 1 is 1 where it is mirrored.
+    """
+    labels = np.repeat(np.arange(len(counts)), counts)
+    labels = np.random.default_rng(seed).permutation(labels)
 
-    return Cache(labels=labels, moments=moments, classes=[f"class {i}" for i in range(len(counts))])
+    def moments(indices, flips):
+        return np.stack([indices, flips], axis=-1)[..., None, None].astype(np.float16)
+
+    classes = [f"class {i}" for i in range(len(counts))]
+    return SimpleNamespace(labels=labels, moments=moments, classes=classes)
+
+
+def all_chains(counts, refs, batch_size, **options):
+    cache = fake_cache(counts)
+    return Chains(cache, np.arange(len(cache.labels)), refs, batch_size, seed=3, **options)
 
 
 def read_epochs(chains, n):
     """Image indices [chains, refs] of each of n epochs, as the batches give them."""
-    step, seen, per_epoch = 0, [], chains.chains_per_epoch
+    per_epoch = chains.chains_per_epoch
+    step = 0
+    seen = []
     while len(seen) < n * per_epoch:
         moments, labels = chains[step]
         images = moments[:, :, 0, 0, 0].long().numpy()
-        assert (chains.cache.labels[images] == labels[:, None].numpy()).all(), "a chain has images of another class"
+        assert (chains.cache.labels[images] == labels[:, None].numpy()).all(), "mixed classes"
         seen += list(images)
         step += 1
     return [np.stack(seen[i * per_epoch : (i + 1) * per_epoch]) for i in range(n)]
 
 
-@pytest.mark.parametrize("refs,counts", [(1, [5, 9, 7]), (4, [8, 12, 4]), (4, [9, 15, 6]), (16, [33, 16])])
+@pytest.mark.parametrize(
+    "refs,counts", [(1, [5, 9, 7]), (4, [8, 12, 4]), (4, [9, 15, 6]), (16, [33, 16])]
+)
 def test_an_epoch_has_every_image_once_as_a_member_of_one_chain(refs, counts):
-    """Except for the remainder of each class. The chains and their order are new in each epoch."""
-    cache = fake_cache(counts)
-    first, second = read_epochs(Chains(cache, refs, batch_size=5, seed=3), 2)
+    """Except for the remainder of each class. Chains and their order are new in each epoch."""
+    chains = all_chains(counts, refs, batch_size=5)
+    first, second = read_epochs(chains, 2)
     for epoch in (first, second):
         images, n = np.unique(epoch, return_counts=True)
         assert (n == 1).all()
-        assert np.bincount(cache.labels[images]).tolist() == [count // refs * refs for count in counts]
+        seen = np.bincount(chains.cache.labels[images])
+        assert seen.tolist() == [count // refs * refs for count in counts]
     assert first.tolist() != second.tolist()
     if refs > 1:
         members = [{frozenset(chain.tolist()) for chain in epoch} for epoch in (first, second)]
@@ -78,41 +83,23 @@ def test_an_epoch_has_every_image_once_as_a_member_of_one_chain(refs, counts):
 
 
 def test_each_image_is_in_some_epoch_although_a_remainder_is_left_out():
-    epochs = read_epochs(Chains(fake_cache([5]), 4, 1, seed=0), 30)  # 5 images in chains of 4
-    assert len(np.unique(np.concatenate([epoch.ravel() for epoch in epochs]))) == 5
-
-
-def test_classes_with_too_few_images_for_a_chain_are_named():
-    with pytest.raises(ValueError, match=r"classes have fewer than 4 images.*: class 1"):
-        Chains(fake_cache([8, 3, 4]), 4, 2, seed=0)
+    epochs = read_epochs(all_chains([5], refs=4, batch_size=1), 30)
+    assert len(np.unique(np.concatenate(epochs))) == 5
 
 
 def test_the_batches_of_all_ranks_are_the_batch_of_one_process():
-    cache = fake_cache([13, 11])
-    chains = Chains(cache, 1, 6, seed=1)
-    ranks = [Chains(cache, 1, 6, seed=1, rank=r, world=3) for r in range(3)]
-    for step in (50, 0, 3, 4):  # in any order; 24 images, 6 a batch: the second epoch starts at step 4
-        assert torch.equal(torch.cat([rank[step][0] for rank in ranks]), chains[step][0])
+    chains = all_chains([13, 11], 1, 6)
+    ranks = [all_chains([13, 11], 1, 6, rank=rank, world=3) for rank in range(3)]
+    for step in (50, 0, 3, 4):  # in any order; the second epoch starts at step 4
+        parts = [rank.indices(step) for rank in ranks]
+        assert np.array_equal(np.concatenate(parts), chains.indices(step))
 
 
-def test_half_of_the_images_are_mirrored():
-    chains = Chains(fake_cache([40]), 1, 40, seed=0)
-    assert 60 < torch.cat([chains[step][0] for step in range(5)])[:, 0, 1, 0, 0].sum() < 140  # of 200
-
-
-def draws(seeds, t="logit-normal"):
-    """Latents, t, noise and drop of chains whose posteriors are standard normal."""
-    moments, args = torch.zeros(len(seeds), 4, 16, 8, 8), SimpleNamespace(batch_mul=2, t=t)
-    config, labels = dataclasses.replace(SIZES["XS"], refs=4), torch.zeros(len(seeds), dtype=torch.int64)
-    latents, _, t, noise, _, drop = loss_inputs(moments, labels, seeds, SimpleNamespace(scale=1), config, args)
-    return latents, t, noise, drop
-
-
-def test_the_random_numbers_of_a_chain_depend_on_its_seed_alone():
-    four, one = draws(range(5, 9)), draws(range(7, 8))
-    assert [tuple(x.shape) for x in four] == [(4, 4, 8, 8, 8), (4, 8), (4, 8, 8, 8, 8), (4,)]
-    assert all(torch.equal(a[2:3], b) for a, b in zip(four, one))
-    assert four[1].unique().numel() == 32
+@pytest.mark.parametrize("mirror", [True, False])
+def test_half_of_the_images_are_mirrored_or_none(mirror):
+    chains = all_chains([40], 1, 40, mirror=mirror)
+    mirrored = torch.cat([chains[step][0] for step in range(5)])[:, 0, 1].sum()
+    assert 60 < mirrored < 140 if mirror else mirrored == 0  # of 200
 
 
 @pytest.mark.parametrize("refs", [1, 4])
@@ -120,87 +107,102 @@ def test_held_out_images_are_never_trained_on(refs):
     cache = fake_cache([400, 500])
     cache.labels[7] = -1  # an image that could not be read
     kept, held_out = split(cache.labels, 0.1)
-    assert 60 < len(held_out) < 120 and sorted([7, *kept, *held_out]) == list(range(900))
+    assert 60 < len(held_out) < 120
+    assert sorted([7, *kept, *held_out]) == list(range(900))
     assert np.array_equal(split(cache.labels[:500], 0.1)[1], held_out[held_out < 500])
-    chains = Chains(cache, refs, 10, seed=0, images=kept)
+    chains = Chains(cache, kept, refs, 10, seed=0)
     seen = np.unique(np.concatenate([chains.indices(step).ravel() for step in range(300)]))
     assert np.array_equal(seen, kept)
 
 
-@pytest.mark.parametrize("gigabytes,micro_batches", [(80, 8), (160, 4), (24, 32)])
-def test_a_batch_is_cut_until_it_fits_the_memory_of_the_gpu(gigabytes, micro_batches, monkeypatch):
-    gpu = SimpleNamespace(total_memory=gigabytes * 1e9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    flags = dict(size="B", refs=1, batch_size=256, accumulate=None, init=None, resume=False)
-    assert resolve_flags(argparse.Namespace(**flags), None, torch.device("cuda")).accumulate == micro_batches
-
-
-def test_the_random_numbers_have_the_distributions_asked_for():
-    posterior_noise, t, noise, drop = draws(range(2000), "uniform")
-    assert abs(drop.float().mean() - SIZES["XS"].label_drop_prob) < 0.02
-    assert abs(t.mean() - 0.5) < 0.01 and abs(t.std() - 12**-0.5) < 0.01
-    assert abs(noise.std() - 1) < 0.01 and abs(posterior_noise.std() - 1) < 0.01
-    assert abs((noise[:, 0] * posterior_noise[:, 0]).mean()) < 0.01  # independent
-
-
-# ------------------------------------------------------------------------------------------ recipes and parts of a step
+# ------------------------------------------------------------------- recipes and parts of a step
 
 
 def test_recipes_are_those_of_appendix_b():
     r = RECIPES["1-step"]
-    assert (r["batch_size"], r["lr"], r["epochs"], r["warmup"] * r["epochs"]) == (2048, 8e-4, 800, 100)
-    assert (r["batch_mul"], r["ema"]) == (4, 0.9999)
+    assert (r["batch_size"], r["lr"], r["epochs"]) == (2048, 8e-4, 800)
+    assert (r["warmup"] * r["epochs"], r["batch_mul"], r["ema"]) == (100, 4, 0.9999)
     r = RECIPES["MRAR"]
-    assert (r["batch_size"], r["lr"], r["epochs"], r["warmup"] * r["epochs"], r["batch_mul"]) == (2048, 5e-5, 40, 10, 2)
+    assert (r["batch_size"], r["lr"], r["epochs"]) == (2048, 5e-5, 40)
+    assert (r["warmup"] * r["epochs"], r["batch_mul"]) == (10, 2)
     r = RECIPES["512 px"]
-    assert (r["lr"], r["epochs"], r["warmup"] * r["epochs"], r["batch_mul"], r["ema"]) == (1e-4, 150, 10, 4, 0.999)
-    assert (COMMON["weight_decay"], COMMON["clip"], COMMON["t"]) == (0.02, 3.0, "logit-normal")
+    assert (r["lr"], r["epochs"], r["warmup"] * r["epochs"]) == (1e-4, 150, 10)
+    assert (r["batch_mul"], r["ema"]) == (4, 0.999)
+    assert (train.WEIGHT_DECAY, train.CLIP) == (0.02, 3.0)
 
 
 def test_the_learning_rate_warms_up_and_decays_linearly():
-    args = SimpleNamespace(lr=1.0, steps=100, warmup=0.1, cooldown=0.0)
-    assert [learning_rate(step, args) for step in (0, 4, 9, 50, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    args = SimpleNamespace(lr=1.0, warmup=0.1, cooldown=0.0)
+    rates = [learning_rate(step, 100, args) for step in (0, 4, 9, 50, 99)]
+    assert rates == [0.1, 0.5, 1.0, 1.0, 1.0]
     args.cooldown = 0.5
-    assert [learning_rate(step, args) for step in (50, 75)] == [1.0, 0.5]
-    assert learning_rate(99, args) == pytest.approx(0.02)
+    assert [learning_rate(step, 100, args) for step in (50, 75)] == [1.0, 0.5]
+    assert learning_rate(99, 100, args) == pytest.approx(0.02)
 
 
 def test_weight_decay_is_for_the_matrices_of_the_ar_transformer_alone():
-    model = TransDiff(SIZES["XS"])
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = make_optimizer(model, SimpleNamespace(lr=1e-3, weight_decay=0.02)).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.02, 0] and groups[0]["betas"] == (0.9, 0.95)
-    decayed, others = ({names[id(p)] for p in group["params"]} for group in groups)
-    assert "ar.blocks.0.mlp.fc1.weight" in decayed and "cond_positions" in decayed
-    assert {"decoder.blocks.0.mlp.fc1.weight", "ar.norm_in.weight", "ar.blocks.0.attn.qkv.bias"} <= others
-    assert len(decayed) + len(others) == len(names)
+    net = TransDiff(SIZES["XS"])
+    names = {id(p): name for name, p in net.named_parameters()}
+    groups = make_optimizer(net, 1e-3).param_groups
+    assert all(group["betas"] == (0.9, 0.95) for group in groups)
+    members = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in groups}
+    assert {"ar.blocks.0.mlp.fc1.weight", "cond_positions"} <= members[0.02]
+    assert not any(name.startswith("decoder.") for name in members[0.02])
+    assert {"decoder.blocks.0.mlp.fc1.weight", "ar.norm_in.weight"} <= members[0.0]
+    assert "ar.blocks.0.attn.qkv.bias" in members[0.0]
+    assert len(members[0.02]) + len(members[0.0]) == len(names)
 
 
 def test_ema_moves_towards_the_weights_without_a_graph():
-    ema, model = (TransDiff(SIZES["XS"]) for _ in range(2))
+    ema, net = (TransDiff(SIZES["XS"]) for _ in range(2))
     ema.requires_grad_(False)
-    expected = [0.9 * a + 0.1 * b.detach() for a, b in zip(ema.parameters(), model.parameters())]
-    update_ema(ema, model, 0.9)
+    expected = [0.9 * a + 0.1 * b.detach() for a, b in zip(ema.parameters(), net.parameters())]
+    update_ema(ema, net, 0.9)
     for p, e in zip(ema.parameters(), expected):
         torch.testing.assert_close(p, e)
         assert p.grad_fn is None and not p.requires_grad
 
 
-# ------------------------------------------------------------------------------------------ the commands
+@pytest.mark.parametrize(
+    "size,refs,gigabytes",
+    [("B", 1, 0.99), ("B", 4, 1.68), ("L", 1, 1.75), ("L", 4, 2.97), ("H", 1, 2.73), ("H", 4, 4.63)],
+)
+def test_activations_per_chain_are_those_counted_by_the_bench(size, refs, gigabytes):
+    """The table of tests/README.md."""
+    config = dataclasses.replace(SIZES[size], refs=refs)
+    counted = memory_per_chain(config, batch_mul=4 if refs == 1 else 2)
+    assert counted == pytest.approx(gigabytes * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("gigabytes", [24, 80, 160])
+@pytest.mark.parametrize("refs,only_decoder", [(1, False), (16, False), (1, True)])
+def test_a_batch_is_cut_until_it_fills_at_most_half_of_a_gpu(gigabytes, refs, only_decoder):
+    config = dataclasses.replace(SIZES["B"], refs=refs)
+    args = SimpleNamespace(batch_size=256, batch_mul=2, only_decoder=only_decoder)
+    num_params = 290e6
+    accumulate = micro_batches_needed(config, args, num_params, gigabytes * 1e9)
+    room = (gigabytes * 1e9 - 30 * num_params) / 2
+    micro_batch = 256 // accumulate * memory_per_chain(config, 2, only_decoder)
+    assert 256 % accumulate == 0 and micro_batch <= room
+    assert accumulate == 1 or 2 * micro_batch > room
+
+
+# ------------------------------------------------------------------------------- the commands
 
 SHORT = "--data cache --batch-size 8 --log-every 1 --sample-every 0"
+CONSTANT_LR = "--warmup 0 --cooldown 0"
 
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory, garments):
-    """A folder with images.npz, of three classes, vae.pt, an untrained VAE, and cache, the images' latents."""
+    """A folder with images.npz, of three classes, vae.pt, an untrained VAE, and their cache."""
     folder = tmp_path_factory.mktemp("encoded")
-    labels, classes = garments[1] // 4, np.array(["garment 0", "garment 1", "garment 2"])
-    np.savez(folder / "images.npz", images=garments[0], labels=labels, classes=classes)
     save_small_vae(folder / "vae.pt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # the cache records the path of the VAE
-        encode_images(Images("images.npz", 32), load_vae("vae.pt"), "cache")
+        patch.chdir(folder)
+        names = ["garment 0", "garment 1", "garment 2"]
+        encode("cache", garments[0], garments[1] // 4, names)
+        shutil.move("cache.npz", "images.npz")
     return folder
 
 
@@ -209,7 +211,14 @@ def project(encoded, tmp_path, monkeypatch):
     """A copy of `encoded`, as the current folder."""
     shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    vae.open_part.cache_clear()  # of another test's folder
     return tmp_path
+
+
+def encode(name, images, labels, classes, vae_path="vae.pt"):
+    """Write NAME.npz and encode it into the cache NAME, in the current folder."""
+    np.savez(f"{name}.npz", images=images, labels=labels, classes=np.array(classes))
+    encode_images(Images(f"{name}.npz", 32), load_vae(vae_path), name)
 
 
 def weights(path):
@@ -217,11 +226,12 @@ def weights(path):
 
 
 def assert_same_run(a, b):
-    """The files last.pt have the same weights, EMA weights and moments of the optimiser, bit for bit."""
+    """Two last.pt have the same weights, EMA weights and moments of AdamW, bit for bit."""
     a, b = load_file(a), load_file(b)
     assert a["step"] == b["step"]
     for part in ("model", "model_ema"):
         assert all(torch.equal(b[part][k], v) for k, v in a[part].items()), part
+    assert len(a["optimizer"]["state"]) == len(b["optimizer"]["state"]) > 0
     for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
         assert all(torch.equal(x[k], y[k]) for k in ("exp_avg", "exp_avg_sq", "step"))
 
@@ -231,8 +241,12 @@ def read_log(run):
         return list(csv.DictReader(f))
 
 
-def losses(run):
-    return np.array([float(row["loss"]) for row in read_log(run)])
+def column(run, name):
+    return [row[name] for row in read_log(run)]
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]
 
 
 def test_train_finetune_sample(project, command):
@@ -240,60 +254,117 @@ def test_train_finetune_sample(project, command):
     data = "--data images.npz --vae vae.pt --batch-size 8 --log-every 1"
     out, err = command(f"train.py {data} --steps 3 --sample-every 2")
     run = project / "runs" / "train"
-    assert "encoding" in err and "TransDiff-XS" in out and "runs/train/ema.pt" in out
+    assert "encoding" in err and "TransDiff-XS" in out and "runs/train has last.pt" in out
+    assert re.search(r"latents from runs/latents-images-32-\w{16}, of ", out)
     pictures = {"samples-0000002.png", "samples-0000003.png"}
-    assert {path.name for path in run.iterdir()} == {"last.pt", "ema.pt", "vae.pt", "log.csv"} | pictures
+    files = {"last.pt", "ema.pt", "vae.pt", "log.csv", "lock"}
+    assert {path.name for path in run.iterdir()} == files | pictures
     rows = read_log(run)
     assert [row["step"] for row in rows] == ["1", "2", "3"]
-    assert all(float(row["loss"]) > 0 and float(row["images_per_second"]) > 0 for row in rows)
+    for name in ("loss", "grad_norm", "lr", "images_per_second", "tflops_per_gpu"):
+        assert all(float(row[name]) > 0 for row in rows), name
+    assert column(run, "memory_gb") == column(run, "holdout_loss") == [""] * 3
     ema, last = load_file(run / "ema.pt"), load_file(run / "last.pt")
-    assert all(v.dtype == torch.float16 for v in ema["model"].values()) and ema["classes"][2] == "garment 2"
+    assert all(v.dtype == torch.float16 for v in ema["model"].values())
     assert all(torch.equal(ema["model"][k], v.half()) for k, v in last["model_ema"].items())
+    assert ema["classes"][2] == "garment 2"
     _, err = command(f"train.py {data} --steps 3", expect=2)
-    assert "--resume" in err
+    assert "--resume" in last_line(err)
 
     # Stage 2 continues on the data of stage 1.
     out, err = command("finetune_mrar.py --batch-size 8 --steps 2 --sample-every 0")
-    assert "mask embedding copied into 16 mask tokens" in out and "chains of 4" in out and "encoding" not in err
-    assert load_checkpoint(project / "runs" / "mrar" / "ema.pt").config.refs == 4
+    assert "mask embedding copied into 16 mask tokens" in out
+    assert "chains of 4" in out and "encoding" not in err
+    assert load_checkpoint(project / "runs" / "mrar").config.refs == 4
 
-    out, _ = command("sample.py --ckpt runs/train/ema.pt --class 2 --n 2 --steps 2")
-    assert "(garment 2; refs 1" in out
+    # A new XS model draws with the settings that suit it.
+    out, _ = command("sample.py --ckpt runs/train --class 2 --n 2")
+    assert "(garment 2; refs 1, steps 8, cfg 2.25," in out and "adams-bashforth" in out
     flags = "--n 2 --steps 2 --out new/x.npz"
-    command(["sample.py", "--ckpt", "runs/mrar/last.pt", "--class", "garment 1", "0", *flags.split()])
+    line = ["sample.py", "--ckpt", "runs/mrar/last.pt", "--class", "garment 1", "0"]
+    out, _ = command([*line, *flags.split()])
+    assert "refs 4, steps 2, cfg 2.25," in out
     arrays = np.load(project / "new" / "x.npz")
     assert arrays["arr_0"].shape == (4, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == [1, 1, 0, 0]
 
 
 def test_samples_are_drawn_before_the_first_row_of_the_log(project):
-    run_in_process("train.py --data cache --batch-size 8 --steps 2 --sample-every 1 --log-every 50")
-    assert {path.name for path in Path("runs/train").glob("samples-*")} == {f"samples-000000{i}.png" for i in (1, 2)}
+    flags = "--data cache --batch-size 8 --steps 2 --sample-every 1 --log-every 50"
+    run_in_process(f"train.py {flags}")
+    pictures = {path.name for path in Path("runs/train").glob("samples-*")}
+    assert pictures == {"samples-0000001.png", "samples-0000002.png"}
 
 
-# The scripts below patch train.py and run it: python SCRIPT train.py FLAGS.
+def test_epochs_give_the_length_of_a_run(project):
+    run_in_process(f"train.py {SHORT} --epochs 1")
+    assert load_file("runs/train/last.pt")["step"] == 8  # 60 images, 8 per step
+    run_in_process("train.py --resume --epochs 2")
+    assert load_file("runs/train/last.pt")["step"] == 15
+    run_in_process(f"finetune_mrar.py {SHORT} --epochs 1")
+    assert load_file("runs/mrar/last.pt")["step"] == 2  # 15 chains
+
+
+def first_step(world, accumulate):
+    """(loss, gradients in the optimizer's order) of step 1 of a run with SHORT, in plain form.
+
+    Each process draws from its own seed; loss and gradient are means over all micro-batches.
+    """
+    cache = LatentCache("cache")
+    torch.manual_seed(0)
+    net = TransDiff(dataclasses.replace(SIZES["XS"], num_classes=3)).train()
+    losses = []
+    for rank in range(world):
+        chains = Chains(cache, np.arange(60), 1, 8, seed=0, rank=rank, world=world)
+        moments, labels = chains[0]
+        torch.manual_seed(derive_seed(0, 0, rank))
+        for m, y in zip(moments.chunk(accumulate), labels.chunk(accumulate)):
+            losses.append(net.loss(sample_posterior(m) * cache.scale, y))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    groups = make_optimizer(net, 1.0).param_groups
+    return loss.item(), [p.grad for group in groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("world,accumulate", [(1, 1), (1, 4), (2, 1), (2, 2)])
+def test_a_step_follows_the_mean_gradient_of_its_micro_batches_and_processes(
+    world, accumulate, project, command
+):
+    line = f"train.py {SHORT} --steps 1 --accumulate {accumulate} --dtype fp32 --device cpu"
+    if world == 1:
+        run_in_process(line)
+    elif accumulate == 1:
+        run_on_two_ranks([ROOT / "train.py", *line.split()[1:]], project)
+    else:
+        out, _ = command(line, launcher=TORCHRUN)
+        assert "2 x cpu" in out and "8 chains of 1, 2 at once" in out
+    loss, gradients = first_step(world, accumulate)
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    (row,) = read_log("runs/train")
+    assert float(row["loss"]) == pytest.approx(loss, rel=1e-4)
+    assert float(row["grad_norm"]) == pytest.approx(norm, rel=1e-3)
+    state = load_file("runs/train/last.pt")["optimizer"]["state"]
+    clip = min(1.0, 3.0 / norm)
+    for i, g in enumerate(gradients):
+        torch.testing.assert_close(state[i]["exp_avg"], 0.1 * clip * g, atol=1e-6, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------- kills and resuming
+
+# python SCRIPT train.py FLAGS: run train.py with a patch.
 PATCHED = """
-import os, sys
+import os, signal, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import train
-from model import TransDiff
-from vae import run_main
+import train, vae
+from model import TransDiff, run_main
 {patch}
 run_main(train.main)
 """
 
-KILL_AFTER_THE_FIRST_CHECKPOINT = """
-atomic_write = train.atomic_write
-def write(path, data):
-    atomic_write(path, data)
-    if "last.pt" in str(path):
-        os.kill(os.getpid(), 9)
-train.atomic_write = write
-"""
-
-# One rank of a run gets a signal in the middle of a step: in call number `call` of its loss, from 0.
+# One process gets a signal in the middle of a step: in call number `call` of its loss, from 0.
 SIGNAL_IN_A_STEP = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 loss, calls = TransDiff.loss, iter(range(99))
 def forward(*args, **kwargs):
     if next(calls) == {call} and os.environ.get("RANK", "0") == "{rank}":
@@ -302,146 +373,256 @@ def forward(*args, **kwargs):
 TransDiff.forward = forward
 """
 
+# The process is killed when half of the checkpoint of step 4 is written.
+KILL_IN_A_CHECKPOINT = """
+save = train.torch.save
+def half(data, file):
+    save(data, file)
+    if data["step"] == 4 and "optimizer" in data:
+        file.truncate(file.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+train.torch.save = half
+"""
 
-def patched(folder, patch):
-    """Write the script that patches train.py; returns its path."""
-    (folder / "patched.py").write_text(PATCHED.format(patch=patch))
-    return folder / "patched.py"
+
+def patched(patch):
+    """Write the script that patches train.py; returns its absolute path."""
+    path = Path("patched.py").absolute()
+    path.write_text(PATCHED.format(patch=patch))
+    return path
 
 
-def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(project, command, capsys):
-    """The weights, EMA weights and optimiser, bit for bit. The kill is in the middle of an epoch."""
-    run_in_process(f"train.py {SHORT} --steps 5 --save-every 2 --keep-every 3 --out whole")
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(project, command):
+    """SIGKILL, SIGTERM, Ctrl-C, and a kill while a checkpoint is written, each in step 4.
+
+    The same weights, EMA weights and moments of AdamW, bit for bit. Step 4 is the end of an epoch.
+    """
+    flags = "--data cache --batch-size 16 --log-every 1 --sample-every 0 --save-every 2 --steps 5"
+    run_in_process(f"train.py {flags} --keep-every 3 --out whole")
     assert (project / "whole" / "ema-0000003.pt").exists()
-    script = patched(project, KILL_AFTER_THE_FIRST_CHECKPOINT)
-    flags = f"{SHORT} --steps 5 --save-every 2 --out killed".split()
-    command([script, ROOT / "train.py", *flags], expect=-signal.SIGKILL)
-    assert load_file(project / "killed" / "last.pt")["step"] == 2
+    ends = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "writing": -9}
+    for name, status in ends.items():
+        patch = KILL_IN_A_CHECKPOINT
+        if name != "writing":
+            patch = SIGNAL_IN_A_STEP.format(call=3, rank=0, number=f"signal.{name}")
+        line = [patched(patch), ROOT / "train.py", *flags.split(), "--out", name]
+        _, err = command(line, expect=status)
+        assert "Traceback" not in err
+        if name == "SIGINT":
+            assert last_line(err).startswith("train.py: interrupted")
+            assert "--resume" in last_line(err)
+        assert load_file(project / name / "last.pt")["step"] == 2
+        run_in_process(f"train.py --out {name} --resume")  # with the flags of the run
+        assert column(name, "step") == ["1", "2", "3", "4", "5"]
+        assert column(name, "loss") == column("whole", "loss")
+        assert_same_run("whole/last.pt", f"{name}/last.pt")
 
-    run_in_process("train.py --out killed --resume --seed 1", expect=2)
-    assert "killed/last.pt is of another run: seed 0 there, 1 here" in capsys.readouterr().err
-    run_in_process("train.py --out killed --resume")  # with the flags that the run was started with
-    assert [row["step"] for row in read_log("killed")] == ["1", "2", "3", "4", "5"]
+
+def test_workers_and_micro_batches_are_resumed_bit_for_bit(project, command):
+    flags = f"{SHORT} --steps 3 --accumulate 2"
+    run_in_process(f"train.py {flags} --out whole")
+    patch = SIGNAL_IN_A_STEP.format(call=5, rank=0, number=9)  # half of step 3
+    line = f"{flags} --save-every 1 --out killed --workers 2".split()
+    command([patched(patch), ROOT / "train.py", *line], expect=-9)
+    assert load_file("killed/last.pt")["step"] == 2
+    run_in_process("train.py --out killed --resume --workers 1")
     assert_same_run("whole/last.pt", "killed/last.pt")
 
-    run_in_process(f"finetune_mrar.py {SHORT} --out killed --resume", expect=2)
-    assert "killed/last.pt is of another run: refs 1 there, 4 here" in capsys.readouterr().err
-    shutil.copy("killed/ema.pt", "killed/last.pt")
-    run_in_process("train.py --out killed --resume", expect=2)
-    assert "killed/last.pt: not the last.pt of a run" in capsys.readouterr().err
+
+def test_a_second_command_in_the_folder_of_a_run_is_refused_while_the_first_runs(project, capsys):
+    argv = [ROOT / "train.py", *f"{SHORT} --steps 9999 --save-every 1 --out run".split()]
+    first = start(argv, project)
+    wait_until(Path("run/log.csv").exists, first)
+    Path("run/last.pt").rename("saved.pt")  # so that no checkpoint says that there is a run
+    run_in_process(f"train.py {SHORT} --out run", expect=2)
+    assert last_line(capsys.readouterr().err) == (
+        "train.py: run: another command is writing to it; give another --out"
+    )
+    wait_until(Path("run/last.pt").exists, first)
+    run_in_process("train.py --out run --resume", expect=2)
+    assert "another command is writing to it" in last_line(capsys.readouterr().err)
+    assert first.is_alive()
+    first.terminate()
+    first.join(60)
+    assert first.exitcode == 143
+    step = load_file("run/last.pt")["step"]
+    run_in_process(f"train.py --out run --resume --steps {step + 1}")
+    assert load_file("run/last.pt")["step"] == step + 1
 
 
-def test_the_loss_of_held_out_images_is_logged_and_does_not_depend_on_a_stop(project):
-    flags = "--data cache --batch-size 8 --log-every 1 --holdout 0.3 --sample-every 2 --cooldown 0"
-    run_in_process(f"train.py {flags} --steps 4 --out whole")
-    run_in_process(f"train.py {flags} --steps 3 --out stopped")
-    run_in_process("train.py --resume --steps 4 --out stopped")
-    whole, stopped = ([row["holdout_loss"] for row in read_log(run)] for run in ("whole", "stopped"))
-    assert [bool(value) for value in whole] == [False, True, False, True]  # where pictures are drawn
-    assert float(whole[3]) > 0 and stopped[1] == whole[1] and stopped[3] == whole[3]
-    run_in_process("train.py --resume --steps 5 --holdout 0.2 --out whole", expect=2)
+def test_flags_that_would_make_a_resumed_run_another_one_are_refused(project, capsys, garments):
+    run_in_process(f"train.py {SHORT} --steps 2")
+    before = Path("runs/train/last.pt").read_bytes()
+
+    def refused(line):
+        capsys.readouterr()
+        run_in_process(line, expect=2)
+        return last_line(capsys.readouterr().err)
+
+    resume = "train.py --resume --steps 3"
+    message = "runs/train/last.pt is of another run: "
+    assert message + "seed 0 there, 1 here" in refused(f"{resume} --seed 1")
+    assert message + "batch_size 8 there, 4 here" in refused(f"{resume} --batch-size 4")
+    assert message + "holdout 0.0 there, 0.2 here" in refused(f"{resume} --holdout 0.2")
+    assert message + "mirror True there, False here" in refused(f"{resume} --no-mirror")
+    line = "finetune_mrar.py --out runs/train --resume --steps 3 --refs 4"
+    assert message + "refs 1 there, 4 here" in refused(line)
+    assert "--steps 1: this run has done 2 already" in refused("train.py --resume --steps 1")
+    encode("other", 255 - garments[0], garments[1] // 4, ["garment 0", "garment 1", "garment 2"])
+    assert "is of other images than other has" in refused(f"{resume} --data other")
+    assert Path("runs/train/last.pt").read_bytes() == before
+
+    shutil.copy("runs/train/ema.pt", "runs/train/last.pt")
+    assert "runs/train/last.pt: not the last.pt of a run" in refused(resume)
+    Path("runs/train/last.pt").unlink()
+    assert refused(resume) == "train.py: runs/train/last.pt: No such file or directory"
+
+
+def test_other_changes_of_a_resumed_run_are_answered_by_one_line_each(project, capsys):
+    run_in_process(f"train.py {SHORT} {CONSTANT_LR} --steps 1")
+    capsys.readouterr()
+    Path("cache").rename("moved")
+    run_in_process("train.py --resume --steps 2 --lr 0.5 --data moved --seed 0")
+    out = capsys.readouterr().out.splitlines()
+    rest = "the rest of the run follows the new value"
+    answers = [line for line in out if rest in line]
+    changes = ["data cache there, moved here", "steps 1 there, 2 here", "lr 0.002 there, 0.5 here"]
+    assert sorted(answers) == sorted(f"runs/train: {change}; {rest}" for change in changes)
+    assert column("runs/train", "lr") == ["0.002", "0.5"]
+    run_in_process("train.py --resume --steps 3")
+    assert column("runs/train", "lr") == ["0.002", "0.5", "0.5"]
+
+
+def test_a_checkpoint_is_due_every_15_minutes(project, monkeypatch):
+    """The clock goes on by 10 minutes whenever it is read, which is at least once in a step."""
+    seconds = iter(range(0, 10**6, 600))
+    clock = SimpleNamespace(time=lambda: next(seconds), ctime=time.ctime)
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(TransDiff, "forward", fail_in_step(6))
+    flags = f"{SHORT} --steps 99 --save-every 50"
+    with pytest.raises(ZeroDivisionError):
+        run_in_process(f"train.py {flags}")
+    assert load_file("runs/train/last.pt")["step"] >= 3
+    monkeypatch.setattr(train, "time", time)
+    monkeypatch.setattr(TransDiff, "forward", fail_in_step(6))
+    with pytest.raises(ZeroDivisionError):
+        run_in_process(f"train.py {flags} --out other")
+    assert not Path("other/last.pt").exists()
+
+
+def fail_in_step(step):
+    """TransDiff.forward that fails in its call number `step`, from 1."""
+    calls = iter(range(step - 1, -1, -1))
+
+    def forward(net, *args, **kwargs):
+        1 / next(calls)
+        return net.loss(*args, **kwargs)
+
+    return forward
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, capsys):
+    flags = "--data cache --batch-size 8 --sample-every 0 --log-every 50 --steps 9 --save-every 1"
+    run_in_process(f"train.py {flags} --lr 1e18 --warmup 0", expect=2)
+    message = r"the loss or gradient of step \d+ is not finite; --resume with a smaller --lr"
+    assert re.search(message, last_line(capsys.readouterr().err))
+    last = load_file("runs/train/last.pt")
+    assert last["step"] < 9 and all(torch.isfinite(v).all() for v in last["model"].values())
 
 
 def test_chains_of_16_are_resumed_without_naming_their_length(project, capsys, garments):
     np.savez("images.npz", images=garments[0], labels=garments[1] // 5)  # 30 of each class
-    flags = "--data images.npz --vae vae.pt --batch-size 2 --sample-every 0 --steps 1 --cooldown 0"
+    flags = "--data images.npz --vae vae.pt --batch-size 2 --sample-every 0 --steps 1"
     run_in_process(f"train.py {flags}")
     run_in_process(f"finetune_mrar.py {flags} --refs 16")
     capsys.readouterr()
     run_in_process("finetune_mrar.py --resume --steps 2")
     out = capsys.readouterr().out
-    assert "chains of 16" in out and "resuming from runs/mrar/last.pt at step 1" in out
+    assert "2 steps of 2 chains of 16" in out and "from step 1" in out
+    run_in_process("train.py --resume --steps 3 --out runs/mrar", expect=2)
+    assert "of another run: refs 16 there, 1 here" in last_line(capsys.readouterr().err)
 
 
-# ------------------------------------------------------------------------------------------ several processes
+# ------------------------------------------------------------------------------- several processes
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 
 
-def run_on_two_ranks(line, folder):
-    """Run a command on two processes, with the environment that torchrun sets; faster than torchrun."""
+def start(argv, folder, env={}, name="0"):
+    """Start `python argv` as a fork; its output goes to the files `out NAME` and `err NAME`."""
+    argv = [str(word) for word in argv]
+    streams = (folder / f"out {name}", folder / f"err {name}")
+    process = forks.Process(target=run_script, args=(argv, folder, env, *streams))
+    process.start()
+    return process
+
+
+def wait_until(condition, process, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.is_alive() and time.time() < deadline
+        time.sleep(0.05)
+
+
+def run_on_two_ranks(argv, folder):
+    """Run `python argv` in two processes, in the environment that torchrun sets; faster."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-    script, *flags = line.split()
-    argv, ranks = [str(ROOT / script), *flags], []
-    for rank in ("0", "1"):
-        out, err = folder / f"out {rank}", folder / f"err {rank}"
-        ranks.append(
-            forks.Process(target=run_script, args=(argv, folder, env | dict(RANK=rank, LOCAL_RANK=rank), out, err))
-        )
-        ranks[-1].start()
+    ranks = [start(argv, folder, dict(env, RANK=r, LOCAL_RANK=r), r) for r in ("0", "1")]
     for rank in ranks:
         rank.join(120)
-    errors = "".join((folder / f"err {rank}").read_text() for rank in ("0", "1"))
+    errors = "".join((folder / f"err {r}").read_text() for r in ("0", "1"))
     assert [rank.exitcode for rank in ranks] == [0, 0], errors
     return (folder / "out 0").read_text()
 
 
-def test_a_run_is_the_same_however_its_batches_are_split(project, command):
-    """Over micro-batches, over two processes, or over both: the same losses and gradients to rounding."""
-    flags = f"train.py {SHORT} --steps 3 --dtype fp32 --device cpu"
-    run_in_process(f"{flags} --out one")
-    run_in_process(f"{flags} --out micro --accumulate 4")
-    assert "2 x cpu" in run_on_two_ranks(f"{flags} --out ranks", project)
-    out, _ = command(f"{flags} --out both --accumulate 2", launcher=TORCHRUN)
-    assert "2 x cpu" in out
-    one = load_file("one/last.pt")["optimizer"]["state"].values()
-    for name in ("micro", "ranks", "both"):
-        np.testing.assert_allclose(losses(name), losses("one"), atol=2e-4)
-        # the means of the gradients; the first steps of Adam show their signs alone
-        for a, b in zip(one, load_file(f"{name}/last.pt")["optimizer"]["state"].values()):
-            torch.testing.assert_close(b["exp_avg"], a["exp_avg"], atol=2e-5, rtol=2e-3)
-
-
-def test_a_killed_run_of_two_processes_is_resumed_by_two_and_by_one(project, command):
-    """By two bit for bit, by one with the same losses to rounding. The kill is in the middle of an accumulation."""
+def test_a_killed_run_of_two_processes_is_resumed_bit_for_bit(project, command):
+    """The kill is in the middle of an accumulation. One process can go on, with other draws."""
     flags = f"{SHORT} --steps 4 --save-every 2 --dtype fp32 --device cpu --accumulate 2"
-    run_on_two_ranks(f"train.py {flags} --out whole", project)
-    script = patched(project, SIGNAL_IN_A_STEP.format(call=6, rank=1, number=int(signal.SIGKILL)))
+    run_on_two_ranks([ROOT / "train.py", *flags.split(), "--out", "whole"], project)
+    script = patched(SIGNAL_IN_A_STEP.format(call=6, rank=1, number=9))
     command(f"train.py {flags} --out killed", expect=1, launcher=(*TORCHRUN, str(script)))
     assert load_file("killed/last.pt")["step"] == 2
     shutil.copytree("killed", "alone")
-    run_on_two_ranks("train.py --resume --out killed", project)
-    run_in_process("train.py --resume --out alone")
+    run_on_two_ranks([ROOT / "train.py", "--resume", "--out", "killed"], project)
     assert_same_run("whole/last.pt", "killed/last.pt")
-    assert len(losses("whole")) == 4
-    np.testing.assert_allclose(losses("alone"), losses("whole"), atol=2e-4)
+    run_in_process("train.py --resume --out alone")
+    assert column("alone", "step") == ["1", "2", "3", "4"]
+    assert column("alone", "loss")[:2] == column("whole", "loss")[:2]
 
 
-@pytest.mark.parametrize("number,world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_stops_a_run_after_its_step_with_a_checkpoint(project, command, number, world):
-    """A signal to one process in the third step of 10,000: every process finishes the step; --resume continues."""
-    script = patched(project, SIGNAL_IN_A_STEP.format(call=2, rank=0, number=int(number)))
-    flags = f"{SHORT} --steps 10000 --out stopped"
-    if world == 1:
-        out, err = command([script, ROOT / "train.py", *flags.split()], expect=128 + number)
-    else:
-        out, err = command(f"train.py {flags}", expect=1, launcher=(*TORCHRUN, str(script)))
-    assert "stopped at step 3, --resume continues; stopped has last.pt" in out
-    assert "Traceback" not in err.split("torch/distributed")[0]  # torchrun ends with a traceback of its own
-    assert load_file("stopped/last.pt")["step"] == 3
-    if world == 1:
-        run_in_process("train.py --resume --out stopped --steps 4 --warmup 1 --cooldown 0")
-        assert load_file("stopped/last.pt")["step"] == 4
+# The parts of a cache are 16 images, and the group of processes may start only after encoding.
+ENCODE_IN_PARTS = """
+from pathlib import Path
+vae.PART = 16
+init = train.dist.init_process_group
+def init_after_encoding(*args, **kwargs):
+    assert list(Path("runs").glob("latents-*/cache.json")), "not encoded yet"
+    init(*args, **kwargs)
+train.dist.init_process_group = init_after_encoding
+"""
 
 
-# ------------------------------------------------------------------------------------------ flags and failures
+def test_two_processes_encode_images_before_they_form_a_group(project, command, monkeypatch):
+    """A group has a time-out, and encoding ImageNet takes longer."""
+    flags = "--data images.npz --vae vae.pt --batch-size 8 --steps 1 --sample-every 0 --device cpu"
+    script = patched(ENCODE_IN_PARTS)
+    out, _ = command(f"train.py {flags}", launcher=(*TORCHRUN, str(script)))
+    assert out.count("wrote 60 of 60 images") == 1
+    (cache,) = Path("runs").glob("latents-images-32-*")
+    assert len(list(cache.glob("0*.npy"))) == 4
+    monkeypatch.setattr(vae, "PART", 16)
+    encode_images(Images("images.npz", 32), load_vae("vae.pt"), "alone")
+    for path in Path("alone").glob("*.npy"):
+        assert path.read_bytes() == (cache / path.name).read_bytes(), path.name
 
 
-def test_a_batch_that_processes_and_micro_batches_do_not_divide_is_refused(project, capsys):
-    run_in_process(f"train.py {SHORT} --steps 2 --accumulate 3", expect=2)
-    message = "--batch-size 8: must be a multiple of 1 processes x --accumulate 3"
-    assert message in capsys.readouterr().err
-
-
-def test_epochs_give_the_length_of_a_run(project):
-    run_in_process(f"train.py {SHORT} --epochs 1")
-    assert load_file("runs/train/last.pt")["step"] == 8  # 60 images, 8 a step
+# --------------------------------------------------------------------------- images and their cache
 
 
 def test_other_images_or_another_vae_are_encoded_anew(project, garments, capsys):
-    """train.py encodes images into a cache of its own, and takes that again for the same images and VAE alone."""
+    """train.py takes a cache of its own again for the same images and VAE alone, and says so."""
     flags = "--data images.npz --vae vae.pt --batch-size 8 --sample-every 0 --steps 1"
 
     def caches_after(out):
@@ -465,58 +646,239 @@ def test_other_images_or_another_vae_are_encoded_anew(project, garments, capsys)
     assert "demo/vae.pt: not the VAE of this model's latents" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, capsys):
-    flags = "--data cache --batch-size 8 --sample-every 0 --log-every 50 --steps 9 --save-every 1"
-    run_in_process(f"train.py {flags} --lr 1e18 --warmup 0", expect=2)
-    message = r"the loss or gradient of step \d+ is not finite; --resume with a smaller --lr"
-    assert re.search(message, capsys.readouterr().err)
-    last = load_file("runs/train/last.pt")
-    assert last["step"] < 9 and all(torch.isfinite(v).all() for v in last["model"].values())
+def test_pictures_replaced_under_the_same_names_are_encoded_anew(project, capsys):
+    flags = "--data photos --vae vae.pt --batch-size 4 --sample-every 0 --steps 1"
+
+    def train_on(colour, out):
+        """Mean latents that the run was trained on, and the line that says where they are from."""
+        for i in range(8 if colour else 0):
+            path = Path("photos", "ab"[i % 2], f"{i}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), colour).save(path)
+        capsys.readouterr()
+        run_in_process(f"train.py {flags} --out runs/{out}")
+        (line,) = re.findall("latents from (.*), of (.*)", capsys.readouterr().out)
+        cache = LatentCache(line[0])
+        return cache.moments(np.arange(8), np.zeros(8, int)).astype(float).mean(), *line
+
+    white, old, _ = train_on("white", "first")
+    black, new, _ = train_on("black", "second")
+    assert old != new and abs(white - black) > 1e-3
+    # The same pictures: the cache is taken again, and its date is said.
+    long_ago = time.mktime((2020, 2, 20, 20, 20, 20, 0, 0, -1))
+    os.utime(Path(new, "cache.json"), (long_ago, long_ago))
+    again, path, date = train_on(None, "third")
+    assert again == black and path == new and "Feb 20 20:20:20 2020" in date
 
 
-def test_workers_read_the_same_batches_as_the_main_process(project):
-    run_in_process(f"train.py {SHORT} --steps 3 --out plain")
-    run_in_process(f"train.py {SHORT} --steps 3 --out workers --workers 2")
-    assert_same_run("plain/last.pt", "workers/last.pt")
+def test_a_run_that_starts_anew_takes_the_vae_of_its_own_latents(project, garments):
+    """A run of another VAE in this folder was stopped before its first checkpoint."""
+    run_in_process(f"train.py {SHORT} --steps 1")
+    Path("runs/train/last.pt").unlink()
+    save_small_vae("vae.pt", seed=1)
+    encode("other", garments[0], garments[1], [str(k) for k in range(10)])
+    run_in_process("train.py --data other --batch-size 8 --steps 1 --sample-every 0")
+    run_in_process("sample.py --ckpt runs/train --n 1 --steps 1")  # which checks the VAE
+    assert Path("runs/train/vae.pt").read_bytes() == Path("vae.pt").read_bytes()
 
 
-def test_a_compiler_that_fails_is_one_line_that_names_no_compile(project, monkeypatch, capsys, caplog):
-    def fail(graph, inputs):
-        raise RuntimeError("no such compiler")
+def test_no_mirror_is_remembered_by_resume_and_by_stage_2(project, capsys):
+    """The mirror images of this cache are NaN: who reads one is stopped."""
+    part = np.load("cache/00000.npy")
+    part[:, 1] = np.nan
+    np.save("cache/00000.npy", part)
+    run_in_process(f"train.py {SHORT} --steps 1 --out mirrored", expect=2)
+    assert "step 1 is not finite" in last_line(capsys.readouterr().err)
+    run_in_process(f"train.py {SHORT} --steps 2 --no-mirror --holdout 0.2")
+    run_in_process("train.py --resume --steps 4 --sample-every 1")
+    assert all(float(loss) > 0 for loss in column("runs/train", "holdout_loss")[2:])
+    run_in_process("finetune_mrar.py --batch-size 2 --steps 2 --sample-every 0 --log-every 1")
+    assert len(read_log("runs/mrar")) == 2
 
-    compile_with = torch.compile
-    caplog.set_level(logging.CRITICAL, "torch")  # the compiler's log would be captured line by line
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_with(model, backend=fail))
-    run_in_process(f"train.py {SHORT} --steps 1 --compile", expect=2)
-    torch._dynamo.reset()
-    assert re.search("train.py: torch.compile failed .*no such compiler.*--no-compile", capsys.readouterr().err)
+
+# ------------------------------------------------------------------- classes without images, held out
+
+
+def test_classes_without_images_are_named_and_never_drawn(project, garments, capsys):
+    """Labels 1 to 3: there is a class 0, without images."""
+    labels = np.minimum(garments[1] // 3 + 1, 3)
+    encode("gap", garments[0], labels, ["0", "1", "2", "3"])
+    run_in_process("train.py --data gap --batch-size 8 --steps 1")
+    assert "1 of 4 classes have no images: 0\n" in capsys.readouterr().out
+    run_in_process("finetune_mrar.py --batch-size 4 --steps 1")
+    assert "1 of 4 classes have no images: 0\n" in capsys.readouterr().out
+    for run in ("runs/train", "runs/mrar/ema.pt"):
+        run_in_process(f"sample.py --ckpt {run} --num 6 --refs 1 --steps 1 --out s.npz")
+        assert np.load("s.npz")["arr_1"].tolist() == [1, 2, 3] * 2
+        Path("s.npz").unlink()
+        capsys.readouterr()
+        run_in_process(f"sample.py --ckpt {run} --class 0", expect=2)
+        message = "--class 0: this model was trained on the classes 1, 2, 3"
+        assert message in last_line(capsys.readouterr().err)
+
+
+def test_a_class_emptied_by_holdout_is_one_without_images(project, garments, capsys):
+    _, held_out = split(np.zeros(60, int), 0.2)
+    labels = np.zeros(60, int)
+    labels[held_out[0]] = 1
+    encode("rare", garments[0], labels, ["common", "rare"])
+    run_in_process("train.py --data rare --batch-size 8 --steps 1 --sample-every 0 --holdout 0.2")
+    assert "1 of 2 classes have no images: rare\n" in capsys.readouterr().out
+    run_in_process("sample.py --ckpt runs/train --class rare", expect=2)
+    assert "trained on the classes common" in last_line(capsys.readouterr().err)
+
+
+def test_classes_too_small_to_be_held_out_are_left_out_of_the_held_out_loss(
+    project, garments, capsys
+):
+    """Class b has 4 images to train on and one held out: no chain of 4 to be measured."""
+    kept, held_out = split(np.zeros(60, int), 0.2)
+    labels = np.zeros(60, int)
+    labels[[*kept[:4], held_out[0]]] = 1
+    assert len(held_out) > 4
+    encode("small", garments[0], labels, ["a", "b"])
+    flags = "--batch-size 4 --steps 1 --sample-every 1"
+    run_in_process(f"train.py --data small {flags} --holdout 0.2")
+    run_in_process(f"finetune_mrar.py {flags}")  # with the holdout of stage 1
+    (loss,) = column("runs/mrar", "holdout_loss")
+    assert float(loss) > 0
+
+    # With one image less, there is no chain to train on, and the message says which set it means.
+    labels[kept[0]] = 0
+    encode("smaller", garments[0], labels, ["a", "b"])
+    capsys.readouterr()
+    run_in_process(f"finetune_mrar.py {flags} --data smaller --out m", expect=2)
+    message = "--refs 4: classes with fewer than 4 images to train on: b"
+    assert message in last_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("holdout,message", [
+    ("0.01", "--holdout 0.01: no class has 1 held-out images"),
+    ("1", "no images to train on (--holdout 1.0)"),
+])  # fmt: skip
+def test_a_holdout_of_no_image_or_of_all_is_refused(holdout, message, project, garments, capsys):
+    encode("few", garments[0][:9], garments[1][:9], ["a", "b"])
+    run_in_process(f"train.py --data few --batch-size 3 --holdout {holdout}", expect=2)
+    assert message in last_line(capsys.readouterr().err)
+
+
+def test_the_loss_of_held_out_images_is_logged_and_does_not_depend_on_a_stop(project):
+    flags = f"--data cache --batch-size 8 --log-every 1 --holdout 0.3 {CONSTANT_LR}"
+    run_in_process(f"train.py {flags} --sample-every 2 --steps 4 --out whole")
+    run_in_process(f"train.py {flags} --sample-every 2 --steps 3 --out stopped")
+    run_in_process("train.py --resume --steps 4 --out stopped")
+    whole, stopped = (column(run, "holdout_loss") for run in ("whole", "stopped"))
+    assert [bool(value) for value in whole] == [False, True, False, True]  # with the pictures
+    assert float(whole[3]) > 0 and stopped[1] == whole[1] and stopped[3] == whole[3]
+    assert column("whole", "loss") == column("stopped", "loss")
+
+
+# ------------------------------------------------------------------------------- starting from a model
+
+
+def embeddings(path):
+    return weights(path)["ar.class_embedding.weight"]
+
+
+def test_init_gives_a_class_the_embedding_of_its_name(project, garments, capsys):
+    """The learning rate is 0: the weights after a step are those before it."""
+    run_in_process(f"train.py {SHORT} --steps 1 --seed 1")
+    old = load_file("runs/train/last.pt")["model_ema"]["ar.class_embedding.weight"]
+
+    def start_from(init, data, classes):
+        if not Path(data).exists():
+            encode(data, garments[0], garments[1] % len(classes), classes)
+        capsys.readouterr()
+        flags = "--steps 1 --batch-size 8 --sample-every 0 --lr 0"
+        run_in_process(f"train.py --init {init} --data {data} {flags} --out new")
+        rows = weights("new/last.pt")["ar.class_embedding.weight"]
+        shutil.rmtree("new")
+        lines = [line for line in capsys.readouterr().out.splitlines() if str(init) in line]
+        return rows, lines
+
+    # As many classes, of other names and in another order.
+    rows, lines = start_from("runs/train", "other", ["garment 2", "bag", "garment 0"])
+    assert torch.equal(rows[0], old[2]) and torch.equal(rows[2], old[0])
+    assert not (rows[1] == old).all(dim=1).any()
+    path = "runs/train/last.pt"
+    assert lines == [f"{path}: class embeddings matched by name; new: bag"]
+    # More classes.
+    rows, lines = start_from(path, "more", ["bag", "garment 1", "car", "garment 0"])
+    assert torch.equal(rows[1], old[1]) and torch.equal(rows[3], old[0])
+    assert lines == [f"{path}: class embeddings matched by name; new: bag, car"]
+    # The same classes: nothing to tell.
+    rows, lines = start_from(path, "cache", [])
+    assert torch.equal(rows, old) and lines == []
+    # A file without names: by index, if there are as many.
+    nameless = {k: v for k, v in load_file(path).items() if k not in ("classes", "args")}
+    torch.save(nameless, "nameless.pt")
+    rows, lines = start_from("nameless.pt", "other", [])
+    assert torch.equal(rows, old) and lines == []
+    rows, lines = start_from("nameless.pt", "more", [])
+    assert len(rows) == 4
+    assert lines == ["nameless.pt: class embeddings matched by name; new: bag, garment 1, car, garment 0"]
+
+
+def test_stage_2_takes_its_size_from_stage_1(project, capsys, monkeypatch):
+    small = dataclasses.replace(SIZES["XS"], width=64, heads=2, ar_depth=2, dit_depth=2)
+    monkeypatch.setitem(model.SIZES, "B", small)
+    run_in_process(f"train.py {SHORT} --steps 1 --size B")
+    capsys.readouterr()
+    run_in_process(f"finetune_mrar.py {SHORT} --steps 1")
+    assert "TransDiff-B: " in capsys.readouterr().out
+    assert load_file("runs/mrar/ema.pt")["config"]["width"] == 64
+    run_in_process(f"finetune_mrar.py {SHORT} --steps 1 --size XS --out other", expect=2)
+    message = "--init runs/train/last.pt: weights of another shape"
+    assert message in last_line(capsys.readouterr().err)
+
+
+def test_the_wrong_vae_for_init_is_found_before_images_are_encoded(project, capsys):
+    """ema.pt does not know its images, so the bundled ones are taken, with the bundled VAE."""
+    run_in_process(f"train.py {SHORT} --steps 1")
+    save_small_vae("other.pt", seed=1)
+    for flags in ("", "--data images.npz --vae other.pt"):
+        capsys.readouterr()
+        run_in_process(f"finetune_mrar.py --init runs/train/ema.pt {flags}", expect=2)
+        message = "--init runs/train/ema.pt: was trained on the latents of another VAE"
+        assert message in last_line(capsys.readouterr().err)
+        assert sorted(path.name for path in Path("runs").iterdir()) == ["train"]
 
 
 def test_only_decoder_trains_the_decoder_at_another_resolution(project, capsys):
-    """The 512 px recipe in small: the AR Transformer is frozen, the decoder's positions grow with the latents."""
+    """The 512 px recipe in small: the AR Transformer is kept, the decoder's positions grow."""
     run_in_process(f"train.py {SHORT} --steps 1")
     before = load_file("runs/train/last.pt")["model_ema"]
-    flags = (
-        "--data images.npz --vae vae.pt --image-size 64 --batch-size 8 --sample-every 0 --steps 2 --lr 1e-3 --warmup 0"
-    )
-    run_in_process(f"train.py {flags} --out large --init runs/train/last.pt --only-decoder")
+    data = "--data images.npz --vae vae.pt --image-size 64 --batch-size 8 --sample-every 0"
+    flags = "--steps 2 --lr 1e-3 --warmup 0 --out large --only-decoder"
+    run_in_process(f"train.py {data} {flags} --init runs/train")
     assert "decoder positions interpolated, latents 8 -> 16" in capsys.readouterr().out
     after = weights("large/last.pt")
     assert after["decoder.positions"].shape[1] == 256
-    assert all(torch.equal(after[k], v) for k, v in before.items() if not k.startswith("decoder."))
-    assert not torch.equal(after["decoder.input_proj.weight"], before["decoder.input_proj.weight"])
+    kept = {k: v for k, v in before.items() if not k.startswith("decoder.")}
+    assert all(torch.equal(after[k], v) for k, v in kept.items())
+    name = "decoder.input_proj.weight"
+    assert not torch.equal(after[name], before[name])
 
 
-@pytest.mark.parametrize(
-    "line,messages",
-    [
-        ("train.py --size B", ["latents: not a latent cache", "vae.py encode --data SRC --out latents"]),
-        ("finetune_mrar.py", ["runs/train/last.pt: no such file", "run train.py first"]),
-        ("train.py --data images.npz --vae nothing.pt", ["nothing.pt"]),
-        ("train.py --size B --data images.npz", ["--vae: name the VAE"]),
-    ],
-)
-def test_missing_inputs_are_refused_with_the_remedy(line, messages, project, capsys):
+# ------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("line,messages", [
+    ("train.py --size B", ["latents: not a latent cache", "vae.py encode --data SRC", "latents"]),
+    ("finetune_mrar.py", ["--init runs/train: not there", "run train.py first"]),
+    ("train.py --only-decoder --data cache", ["--only-decoder: give --init"]),
+    ("train.py --data images.npz --vae nothing.pt", ["nothing.pt: No such file"]),
+    ("train.py --size B --data images.npz", ["--vae: name the VAE for images.npz"]),
+    ("train.py --data cache --vae vae.pt", ["--data cache: is a cache; leave out --vae"]),
+    ("train.py --data cache --init images.npz", ["images.npz: not a readable checkpoint"]),
+    ("train.py --data cache --init vae.pt", ["vae.pt: not a readable TransDiff model"]),
+    ("train.py --data cache --batch-size 8 --accumulate 3 --steps 1",
+     ["--batch-size 8: must be a multiple of 1 processes x --accumulate 3"]),
+    ("train.py --data cache --lr -1", ["--lr: -1: must be from 0"]),
+    ("finetune_mrar.py --refs 5", ["--refs: invalid choice: 5"]),
+])  # fmt: skip
+def test_missing_or_wrong_inputs_are_refused_with_the_remedy(line, messages, project, capsys):
     run_in_process(line, expect=2)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert all(message in error for message in messages)
+    error = last_line(capsys.readouterr().err)
+    assert all(message in error for message in messages), error
+    assert not Path("runs").exists()

@@ -1,55 +1,84 @@
-"""Images and latents: reading every kind of image and data set, the latent cache, the VAE and its commands."""
+"""Images and latents: reading every kind of image and data set, the latent cache, the VAE."""
 
-import json
+import os
 import pickle
 import re
-import signal
+import struct
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, forks, run_script
 from in_process import run_in_process
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
-from model import atomic_write
+from model import UserError, load_file
 from vae import DEMO_DATA, DEMO_VAE, AutoencoderKL, Images, LatentCache, center_crop
-from vae import encode_images, from_uint8, load_vae, sample_posterior, to_uint8
+from vae import encode_images, from_uint8, latents_to_images, load_vae, read_image
+from vae import sample_posterior, to_uint8
 
-SMALL = dict(channels=32, multipliers=(1, 1, 2), blocks=1, z_channels=8)  # AutoencoderKL's
+SMALL = dict(channels=32, multipliers=(1, 1, 2), blocks=1, z_channels=8)  # of 32 px, as the demo's
+TINY = dict(channels=4, multipliers=(1, 1), blocks=1, z_channels=2)  # of 4 px
+
+
+def new_vae(arch, seed=0):
+    torch.manual_seed(seed)
+    return AutoencoderKL(**arch).eval().requires_grad_(False)
+
+
+def save_vae(path, arch, image_size, seed=0, scale=1.0):
+    """Write an untrained VAE, as demo/train_vae.py writes a trained one."""
+    weights = new_vae(arch, seed).state_dict()
+    torch.save(dict(model=weights, arch=arch, scale=scale, image_size=image_size), path)
+
+
+def save_small_vae(path, seed=0):
+    save_vae(path, SMALL, 32, seed)
 
 
 def gradient(height, width):
     """RGB image: red grows to the right, green downwards."""
     y, x = np.mgrid[0:height, 0:width]
-    channels = [255 * x / max(1, width - 1), 255 * y / max(1, height - 1), np.full((height, width), 60)]
-    return np.stack(channels, axis=-1).astype(np.uint8)
+    red = 255 * x / max(1, width - 1)
+    green = 255 * y / max(1, height - 1)
+    return np.stack([red, green, np.full_like(red, 60)], axis=-1).astype(np.uint8)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save_images(root, names, size=8):
+    """Write a picture of its own to each of these paths."""
+    for i, name in enumerate(names):
+        Path(root, name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(size, size, 3, seed=i)).save(Path(root, name))
 
 
 def mean_error(image, expected):
-    return np.abs(image.astype(int) - expected).mean()
+    return np.abs(np.asarray(image).astype(int) - expected).mean()
 
 
-def small_vae(seed=0):
-    torch.manual_seed(seed)
-    return AutoencoderKL(**SMALL).eval().requires_grad_(False)
+# ------------------------------------------------------------------------------------ one image
 
 
-def save_small_vae(path, seed=0):
-    """Write an untrained VAE of 32 px, as demo/train_vae.py writes one."""
-    state = dict(model=small_vae(seed).state_dict(), arch=SMALL, scale=1.0, image_size=32)
-    torch.save(state, path)
-
-
-# ------------------------------------------------------------------------------------------ reading images
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.png", "a.webp"])
+@pytest.mark.parametrize(
+    "name", "a.jpg a.JPEG a.jpe a.jfif a.png a.webp a.bmp a.tif a.tiff".split()
+)
 def test_formats_are_read_as_they_were_saved(tmp_path, name):
     (tmp_path / "c").mkdir()
     options = dict(lossless=True) if name.endswith("webp") else dict(quality=95)
     Image.fromarray(gradient(32, 32)).save(tmp_path / "c" / name, **options)
     assert mean_error(Images(tmp_path, 32)[0], gradient(32, 32)) < 3
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path):
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    for name in ("a.gif", "a.webp", "a.png", "a.tif"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        assert mean_error(read_image(tmp_path / name), np.array([255, 0, 0])) < 3
 
 
 def test_modes_are_converted_to_rgb(tmp_path):
@@ -60,32 +89,126 @@ def test_modes_are_converted_to_rgb(tmp_path):
     grey = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
     Image.fromarray(grey).save(folder / "0grey.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "1grey16.png")
-    rgb.quantize(256).save(folder / "2palette.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "2grey16.tif")
+    rgb.quantize(256).save(folder / "3palette.png")
     half_transparent = rgb.convert("RGBA")
-    half_transparent.putalpha(Image.fromarray((np.mgrid[0:32, 0:32][0] >= 16).astype(np.uint8) * 255))
-    half_transparent.save(folder / "3alpha.png")
-    rgb.convert("CMYK").save(folder / "4cmyk.jpg", quality=95)
+    lower_half = np.repeat(np.uint8([0, 255]), 16)[:, None].repeat(32, axis=1)
+    half_transparent.putalpha(Image.fromarray(lower_half))
+    half_transparent.save(folder / "4alpha.png")
+    rgb.convert("CMYK").save(folder / "5cmyk.jpg", quality=95)
     transparent = Image.fromarray(np.zeros((32, 32), np.uint8), "P")
     transparent.putpalette([200, 100, 50] * 256)
-    transparent.save(folder / "5transparent.png", transparency=0)
+    transparent.save(folder / "6transparent.png", transparency=0)
 
     images = Images(tmp_path, 32)
     items = [images[i] for i in range(len(images))]
-    assert len(items) == 6 and all(x.shape == (32, 32, 3) and x.dtype == np.uint8 for x in items)
-    for item in items[:2]:
+    assert len(items) == 7 and all(x.shape == (32, 32, 3) and x.dtype == np.uint8 for x in items)
+    for item in items[:3]:
         assert np.abs(item.astype(int) - grey[..., None]).max() <= 1
-    assert mean_error(items[2], gradient(32, 32)) < 6
-    assert items[3][:16].max() == 0 and np.array_equal(items[3][16:], gradient(32, 32)[16:])  # transparent is black
-    assert mean_error(items[4], gradient(32, 32)) < 12
-    assert items[5].max() == 0
+    assert mean_error(items[3], gradient(32, 32)) < 6
+    assert items[4][:16].max() == 0  # transparent is black
+    assert np.array_equal(items[4][16:], gradient(32, 32)[16:])
+    assert mean_error(items[5], gradient(32, 32)) < 12
+    assert items[6].max() == 0
 
 
-def test_exif_orientation_is_applied(tmp_path):
-    (tmp_path / "c").mkdir()
-    image, exif = Image.fromarray(gradient(32, 32)), Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
-    image.save(tmp_path / "c" / "a.png", exif=exif)
-    assert np.array_equal(Images(tmp_path, 32)[0], np.rot90(gradient(32, 32), -1))
+@pytest.mark.parametrize("dtype,white", [(np.int32, 65535), (np.float32, 1), (np.float32, 255)])
+def test_grey_of_32_bits_has_no_fixed_white_and_is_not_guessed(tmp_path, dtype, white):
+    ramp = np.linspace(0, white, 32)[None].repeat(32, axis=0)
+    Image.fromarray(ramp.astype(dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="a.tif: not a readable image .*convert it to 8 or 16 bits"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif"])
+def test_images_are_turned_upright(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = dict(lossless=True) if name == "a.webp" else {}
+    Image.fromarray(gradient(24, 32)).save(tmp_path / name, exif=exif, **options)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / name))
+    assert mean_error(read_image(tmp_path / name), np.asarray(upright)) == 0
+    if orientation == 6:  # rotate by 90 degrees clockwise
+        assert mean_error(upright, np.rot90(gradient(24, 32), -1)) < 3
+
+
+def exif_block(*entries, tail=b""):
+    """An EXIF block of (tag, type, count, value or offset)."""
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    count = struct.pack("<H", len(entries))
+    return b"Exif\0\0II*\0\x08\0\0\0" + count + packed + b"\0\0\0\0" + tail
+
+
+TURNED = (0x0112, 3, 1, 6)  # the sound orientation "rotate by 90 degrees clockwise"
+DAMAGED_EXIF = {
+    "nothing": b"Exif\0\0",
+    "nothing but the byte order": b"Exif\0\0II",
+    "another byte order": b"Exif\0\0XX*\0\x08\0\0\0",
+    "no TIFF header": b"Exif\0\0not a tiff header",
+    "two headers": b"Exif\0\0" + exif_block(),
+    "a pointer to nowhere": b"Exif\0\0II*\0\xff\xff\0\0",
+    "a pointer to itself": b"Exif\0\0II*\0\0\0\0\0",
+    "more entries than bytes": exif_block(TURNED)[:-10],
+    "an orientation in letters": exif_block((0x0112, 2, 4, 0x636261)),
+    "an orientation out of range": exif_block((0x0112, 3, 1, 99)),
+    "an orientation of many numbers": exif_block((0x0112, 3, 200, 0xFFFFFFF)),
+    "an orientation that is a fraction of zero": exif_block((0x0112, 5, 1, 26), tail=bytes(8)),
+}
+ODD_ENTRIES = {
+    "a fraction outside": (0x0100, 5, 1, 0xFFFFFFF),
+    "an unknown type": (0x0100, 77, 1, 0),
+    "a maker's note outside": (0x927C, 7, 0xFFFFFFF, 0xFFFFFFF),
+    "a pointer to EXIF outside": (0x8769, 4, 1, 0xFFFFFFF),
+    "a pointer to GPS in letters": (0x8825, 2, 4, 0x636261),
+    "a resolution that is a fraction of zero": (0x011A, 5, 1, 38),
+    "text of no encoding": (0x010F, 2, 4, 0xFFFFFFFF),
+}
+
+
+def save_with_exif(path, block):
+    """Write gradient(24, 32) as a JPEG with this EXIF block."""
+    Image.fromarray(gradient(24, 32)).save(path, quality=95)
+    data = path.read_bytes()
+    segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
+    path.write_bytes(data[:2] + segment + data[2:])
+
+
+@pytest.mark.parametrize("kind", DAMAGED_EXIF)
+def test_pixels_are_read_whatever_the_exif_block_holds(tmp_path, kind):
+    save_with_exif(tmp_path / "a.jpg", DAMAGED_EXIF[kind])
+    Image.fromarray(gradient(24, 32)).save(tmp_path / "a.png", exif=DAMAGED_EXIF[kind])
+    Image.fromarray(gradient(24, 32)).save(tmp_path / "a.webp", exif=DAMAGED_EXIF[kind])
+    for name in ("a.jpg", "a.png", "a.webp"):
+        assert mean_error(read_image(tmp_path / name), gradient(24, 32)) < 9
+
+
+@pytest.mark.parametrize("kind", ODD_ENTRIES)
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_odd_entry_beside_a_sound_orientation_does_not_keep_it_from_being_applied(
+    tmp_path, kind, order
+):
+    entries = [TURNED, ODD_ENTRIES[kind]][::order]
+    save_with_exif(tmp_path / "a.jpg", exif_block(*entries, tail=bytes(8)))
+    upright = np.rot90(gradient(24, 32), -1)
+    assert mean_error(read_image(tmp_path / "a.jpg"), upright) < 3
+
+
+def test_long_texts_and_colour_profiles_of_png_are_read(tmp_path):
+    image = Image.fromarray(gradient(24, 32))
+    text = "x" * 2_000_000
+    for method in ("add_text", "add_itxt"):
+        info = PngImagePlugin.PngInfo()
+        getattr(info, method)("parameters", text, zip=True)
+        image.save(tmp_path / f"{method}.png", pnginfo=info)
+    image.save(tmp_path / "profile.png", icc_profile=bytes(2_000_000))
+    paths = sorted(tmp_path.iterdir())
+    assert len(paths) == 3
+    for path in paths:
+        assert np.array_equal(read_image(path), gradient(24, 32))
+
+
+# ------------------------------------------------------------------------------------ crops
 
 
 def test_crop_keeps_the_centre_and_the_proportions():
@@ -97,43 +220,105 @@ def test_crop_keeps_the_centre_and_the_proportions():
 
 
 def test_crop_halves_by_box_filter_as_adm_does():
-    """A one-pixel checkerboard, twice too large: a box filter leaves grey, sampling would leave black or white."""
+    """A checkerboard, twice too large: a box filter leaves grey, sampling black or white."""
     board = ((np.indices((64, 64)).sum(0) % 2) * 255).astype(np.uint8)
     cropped = center_crop(Image.fromarray(np.stack([board] * 3, -1)), 32)
     assert np.unique(cropped).tolist() in ([127], [128])
 
 
+# ------------------------------------------------------------------------------------ folders
+
+
+def names_of(images, root):
+    return [os.path.relpath(path, root) for path in images.items]
+
+
 def test_a_folder_is_a_tree_of_classes(tmp_path):
-    for path in ("b/1.png", "b/deep/0.png", "a/x.png"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(gradient(8, 8)).save(tmp_path / path)
-    (tmp_path / "a" / "notes.txt").write_text("not an image")
-    (tmp_path / "a" / ".hidden.png").write_text("not an image")
-    (tmp_path / ".git").mkdir()
+    save_images(tmp_path, ["b/1.png", "b/deep/0.png", "a/x.png", "b/.hidden.png", ".git/x.png"])
     images = Images(tmp_path, 32)
     assert images.classes == ["a", "b"] and images.labels.tolist() == [0, 1, 1]
+    assert names_of(images, tmp_path) == ["a/x.png", "b/1.png", "b/deep/0.png"]
     assert images[0].shape == (32, 32, 3)  # a small image is enlarged
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: no images"):
+    with pytest.raises(UserError, match="empty: no images in this folder; remove it or fill it"):
         Images(tmp_path, 32)
+    with pytest.raises(UserError, match="empty: no class folders; expected .*empty/<class>/<image"):
+        Images(tmp_path / "empty", 32)
+
+
+def test_files_of_other_suffixes_are_counted_in_one_line(tmp_path, capsys):
+    save_images(tmp_path, ["a/0.jpg", "b/0.jpg"])
+    for name in ("a/0.heic", "b/1.heic", "b/1.avif", "b/no suffix", "b/Thumbs.db", "b/.hidden"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(Images(tmp_path, 8)) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path}: left out, not images by their suffix: ")
+    counts = {"'.heic': 2", "'.avif': 1", "'': 1", "'.db': 1"}
+    assert set(re.search("{(.*)}", line)[1].split(", ")) == counts
+
+
+def test_links_are_followed_at_any_depth_and_loops_are_not(tmp_path):
+    """Training, which reads class folders, and fid.py, which does not, see the same images."""
+    root, other = tmp_path / "root", tmp_path / "other"
+    save_images(root, ["a/0.png", "b/deep/1.png"])
+    save_images(other, ["2.png", "deeper/3.png", "4.png"])
+    (root / "c").symlink_to(other)  # a class
+    (root / "b" / "deep" / "link").symlink_to(other / "deeper")  # below a class
+    (root / "a" / "one.png").symlink_to(other / "4.png")  # an image
+    (root / "a" / "gone.png").symlink_to(other / "gone.png")
+    (root / "a" / "up").symlink_to(root)
+    (root / "b" / "deep" / "again").symlink_to(root / "b")
+    (other / "deeper" / "back").symlink_to(other)
+    (root / "a" / "itself.png").symlink_to(root / "a" / "itself.png")
+    (root / "a" / "itself").symlink_to(root / "a" / "itself")
+    (root / "itself").symlink_to(root / "itself")
+    images = Images(root, 8)
+    expected = ["a/0.png", "a/one.png", "b/deep/1.png", "b/deep/link/3.png"]
+    expected += ["c/2.png", "c/4.png", "c/deeper/3.png"]
+    in_the_loop = ["b/deep/link/back/2.png", "b/deep/link/back/4.png"]
+    assert sorted(names_of(images, root)) == sorted(expected + in_the_loop)
+    assert images.classes == ["a", "b", "c"]
+    assert Images(root, 8, labelled=False).items == images.items
+
+
+def test_the_digest_changes_with_the_images(tmp_path):
+    """By it train.py knows whether the latents that it has are those of the images."""
+    names = ["a/0.png", "a/1.png", "b/0.png"]
+    save_images(tmp_path / "t", names)
+    seen = [Images(tmp_path / "t", 8).digest]
+    assert Images(tmp_path / "t", 8).digest == seen[0]
+    seen.append(Images(tmp_path / "t", 8, labelled=False).digest)
+    save_images(tmp_path / "t", names[::-1])  # others, under the same names
+    seen.append(Images(tmp_path / "t", 8).digest)
+    (tmp_path / "t" / "a" / "1.png").rename(tmp_path / "t" / "b" / "1.png")
+    seen.append(Images(tmp_path / "t", 8).digest)
+    for seed in (0, 1):
+        np.savez(tmp_path / "s.npz", images=noise(3, 8, 8, 3, seed=seed), labels=[0, 0, 1])
+        seen.append(Images(tmp_path / "s.npz", 8).digest)
+    assert len(set(seen)) == 6
+
+
+# ------------------------------------------------------------------------------------ .npz
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (28, 28, 1), (20, 28, 3), (64, 96, 3)])
 def test_npz_images_follow_the_rule_of_image_files(tmp_path, shape):
-    """They are cropped and resized by center_crop to the size asked for; grey images become RGB."""
-    array = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
+    """They are cropped and resized to the size asked for; grey images become RGB."""
+    array = noise(5, *shape)
     np.savez(tmp_path / "s.npz", images=array, labels=np.arange(5) % 2)
     rgb = np.broadcast_to(array.reshape(5, *shape[:2], -1), (5, *shape[:2], 3))
     images = Images(tmp_path / "s.npz", 32)
-    assert all(np.array_equal(images[i], center_crop(Image.fromarray(rgb[i].copy()), 32)) for i in range(5))
+    for i in range(5):
+        assert np.array_equal(images[i], center_crop(Image.fromarray(rgb[i].copy()), 32))
 
 
 def test_images_of_the_size_asked_for_or_of_no_size_are_unchanged(tmp_path):
-    array = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    array = noise(3, 32, 32, 3)
     np.savez(tmp_path / "s.npz", images=array, labels=np.zeros(3, int))
     for size in (32, None):
         images = Images(tmp_path / "s.npz", size)
-        assert images.shape == (32, 32) and all(np.array_equal(images[i], array[i]) for i in range(3))
+        assert images.shape == (32, 32)
+        assert all(np.array_equal(images[i], array[i]) for i in range(3))
 
 
 def test_bundled_images_have_a_black_margin_of_two_pixels():
@@ -146,25 +331,92 @@ def test_bundled_images_have_a_black_margin_of_two_pixels():
     assert images.items[:100, 2].max() > 0  # some garments touch the edge of the original image
 
 
+PIXELS = noise(6, 8, 8, 3)
+LABELS = np.arange(6) % 3
+LABELS_OF_SOME_FORM = {
+    "integers": LABELS,
+    "a column": LABELS[:, None],
+    "bytes": LABELS.astype(np.uint8),
+    "big-endian": LABELS.astype(">i8"),
+}
+LABELS_OF_NO_USE = {
+    "none": None,
+    "floats": LABELS.astype(float),
+    "one-hot": np.eye(3, dtype=int)[LABELS],
+    "another length": LABELS[:-1],
+    "negative": LABELS - 1,
+    "text": np.array(list("abcabc")),
+    "Python objects": LABELS.astype(object),
+}
+
+
+def save_npz(path, **arrays):
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+
+
+@pytest.mark.parametrize("form", LABELS_OF_SOME_FORM)
+def test_integer_labels_of_any_form_are_read(tmp_path, form):
+    save_npz(tmp_path / "s.npz", images=PIXELS, labels=LABELS_OF_SOME_FORM[form])
+    images = Images(tmp_path / "s.npz", 8)
+    assert images.labels.tolist() == [0, 1, 2, 0, 1, 2] and images.labels.dtype == np.int64
+    assert images.classes == ["0", "1", "2"]
+
+
 def test_adms_names_of_arrays_are_read(tmp_path):
     np.savez(tmp_path / "s.npz", arr_0=gradient(64, 96)[None], arr_1=np.array([3]))
     images = Images(tmp_path / "s.npz", 32)
     assert images.labels.tolist() == [3] and images.classes == ["0", "1", "2", "3"]
 
 
+@pytest.mark.parametrize("form", LABELS_OF_NO_USE)
+def test_other_labels_are_refused_where_they_are_needed_and_only_there(tmp_path, form):
+    save_npz(tmp_path / "s.npz", images=PIXELS, labels=LABELS_OF_NO_USE[form])
+    images = Images(tmp_path / "s.npz", 8, labelled=False)
+    assert len(images) == 6 and np.array_equal(images[5], PIXELS[5])
+    with pytest.raises(UserError, match="s.npz: has images uint8 .*expected labels .or arr_1"):
+        Images(tmp_path / "s.npz", 8)
+
+
 @pytest.mark.parametrize(
-    "arrays",
-    [
-        dict(images=np.zeros((2, 8, 8), np.uint8)),
-        dict(images=np.zeros((2, 8, 8)), labels=np.zeros(2, int)),
-        dict(images=np.zeros((2, 8, 8), np.uint8), labels=np.zeros(3, int)),
-    ],
-    ids=["no labels", "float images", "labels of another length"],
+    "classes", [np.array(["a", "b"]), np.array("a")], ids=["fewer than the labels", "no list"]
 )
-def test_an_npz_of_other_arrays_is_refused(tmp_path, arrays):
-    np.savez(tmp_path / "s.npz", **arrays)
-    with pytest.raises(ValueError, match="s.npz: not a readable .npz of images"):
-        Images(tmp_path / "s.npz", 32)
+def test_names_of_classes_that_do_not_fit_the_labels_are_refused(tmp_path, classes):
+    save_npz(tmp_path / "s.npz", images=PIXELS, labels=LABELS, classes=classes)
+    with pytest.raises(UserError, match=r"classes <U1 \(.*expected labels .*below len\(classes\)"):
+        Images(tmp_path / "s.npz", 8)
+    assert len(Images(tmp_path / "s.npz", 8, labelled=False)) == 6
+
+
+FLOATS = (PIXELS / 255).astype(np.float32)
+IMAGES_OF_NO_USE = {
+    "other names": (dict(x_train=PIXELS, y_train=LABELS), "has ['x_train', 'y_train']"),
+    "floats": (dict(images=FLOATS), "has images float32 (6, 8, 8, 3)"),
+    "channels first": (dict(arr_0=PIXELS.transpose(0, 3, 1, 2)), "has arr_0 uint8 (6, 3, 8, 8)"),
+    "one image": (dict(images=PIXELS[0, :, :, 0]), "has images uint8 (8, 8)"),
+    "with alpha": (dict(images=noise(6, 8, 8, 4)), "has images uint8 (6, 8, 8, 4)"),
+    "0 and 1": (dict(images=PIXELS // 128), "no value above 1; expected 0 to 255"),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES_OF_NO_USE)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_other_images_are_refused_by_what_the_file_has_and_what_is_expected(
+    tmp_path, kind, labelled
+):
+    arrays, has = IMAGES_OF_NO_USE[kind]
+    np.savez(tmp_path / "s.npz", labels=LABELS, **arrays)
+    if kind == "other names":
+        np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(UserError) as e:
+        Images(tmp_path / "s.npz", 8, labelled)
+    assert f"{tmp_path}/s.npz: " in str(e.value) and has in str(e.value)
+    assert "expected images (or arr_0), uint8 [N, H, W, 3]" in str(e.value) or kind == "0 and 1"
+
+
+def test_an_npz_without_images_is_refused(tmp_path):
+    np.savez(tmp_path / "s.npz", images=PIXELS[:0], labels=LABELS[:0])
+    with pytest.raises(UserError, match="s.npz: "):
+        Images(tmp_path / "s.npz", 8)
 
 
 def test_bytes_to_floats_and_back_is_exact():
@@ -173,7 +425,82 @@ def test_bytes_to_floats_and_back_is_exact():
     assert from_uint8(x).aminmax() == (-1, 1)
 
 
-# ------------------------------------------------------------------------------------------ the cache
+# ------------------------------------------------------------------------------------ the VAE
+
+
+def weights_of_the_papers_vae():
+    """Weights of KL-16's shapes, all zero, that take no memory."""
+    with torch.device("meta"):
+        state = AutoencoderKL().state_dict()
+    return {k: torch.zeros(1).expand(v.shape) for k, v in state.items()}
+
+
+def test_the_shape_of_a_vae_is_in_its_file(tmp_path):
+    save_vae(tmp_path / "v.pt", TINY, 48, scale=0.7)
+    vae = load_vae(tmp_path / "v.pt")
+    assert (vae.scale, vae.image_size, vae.factor, vae.z_channels) == (0.7, 48, 2, 2)
+    with torch.inference_mode():
+        mean, logvar = vae.encode(torch.zeros(1, 3, 8, 8))
+        assert mean.shape == logvar.shape == (1, 2, 4, 4)
+        assert vae.decode(mean).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_ldms_files_load_with_the_weights_of_its_loss_and_with_prefixes(tmp_path, prefix):
+    state = weights_of_the_papers_vae()
+    state["loss.logvar"] = torch.zeros(())
+    state["loss.discriminator.main.0.weight"] = torch.zeros(4, 3, 4, 4)
+    state = {prefix + k: v for k, v in state.items()}
+    torch.save(dict(state_dict=state, epoch=3, global_step=9), tmp_path / "ldm.ckpt")
+    vae = load_vae(tmp_path / "ldm.ckpt")
+    assert (vae.scale, vae.image_size, vae.factor, vae.z_channels) == (0.2325, 256, 16, 16)
+
+
+def test_a_vae_that_others_saved_has_the_pixels_of_ours(tmp_path):
+    """With its `arch`, bare of `model`, in half precision, and with prefixes."""
+    save_vae(tmp_path / "v.pt", TINY, 4)
+    ckpt = load_file(tmp_path / "v.pt")
+    weights = ckpt.pop("model")
+    x = from_uint8(noise(1, 8, 8, 3))
+    expected = new_vae(TINY).encode(x)[0]
+    saved = {"_orig_mod." + k: v.half() for k, v in weights.items()}
+    saved["_orig_mod.loss.logvar"] = torch.zeros(())
+    torch.save(dict(ckpt, state_dict=saved), tmp_path / "other.pt")
+    vae = load_vae(tmp_path / "other.pt")
+    torch.testing.assert_close(vae.encode(x)[0], expected, atol=5e-3, rtol=5e-3)
+
+
+def test_files_of_other_weights_are_not_a_vae(tmp_path):
+    torch.save(dict(model={"ar.positions": torch.zeros(1)}), tmp_path / "model.pt")
+    with pytest.raises(
+        UserError, match="model.pt: not a readable VAE, it has model .*ar.positions"
+    ):
+        load_vae(tmp_path / "model.pt")
+    save_vae(tmp_path / "v.pt", TINY, 4)
+    ckpt = load_file(tmp_path / "v.pt")
+    extra = {**ckpt["model"], "extra.weight": torch.zeros(1)}
+    torch.save(dict(ckpt, model=extra), tmp_path / "extra.pt")
+    with pytest.raises(UserError, match="extra.pt: not a readable VAE.*extra.weight"):
+        load_vae(tmp_path / "extra.pt")
+    torch.save(dict(arch="resnet50", epoch=3, state_dict=ckpt["model"]), tmp_path / "resnet.pt")
+    with pytest.raises(UserError, match="resnet.pt: not a readable VAE, it has arch, epoch, state"):
+        load_vae(tmp_path / "resnet.pt")
+
+
+def test_the_vae_runs_in_float32_under_autocast():
+    vae = load_vae(DEMO_VAE)
+    x = from_uint8(Images(DEMO_DATA, 32).items[:4].repeat(3, axis=-1))
+    mean, logvar = vae.encode(x)
+    images = latents_to_images(vae, mean * vae.scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        for given, expected in zip(vae.encode(x), (mean, logvar)):
+            assert torch.equal(given, expected)
+        assert np.array_equal(latents_to_images(vae, mean * vae.scale), images)
+    assert mean_error(images, to_uint8(x)) < 6
+
+
+# ------------------------------------------------------------------------------------ the cache
 
 
 def test_the_cache_holds_the_moments_of_the_crop_and_of_its_mirror_image(tmp_path, garments):
@@ -182,140 +509,189 @@ def test_the_cache_holds_the_moments_of_the_crop_and_of_its_mirror_image(tmp_pat
     images, vae = Images(tmp_path / "s.npz", 32), load_vae(tmp_path / "vae.pt")
     vae.scale = 0.5
     encode_images(images, vae, tmp_path / "cache", batch_size=7)
-    assert (tmp_path / "cache" / "reconstructions.png").exists() and not (tmp_path / "cache.partial").exists()
 
     cache = LatentCache(tmp_path / "cache")
-    assert isinstance(cache.moments, np.memmap)
-    assert cache.moments.shape == (60, 2, 16, 8, 8) and cache.moments.dtype == np.float16
     assert np.array_equal(cache.labels, images.labels) and cache.classes == images.classes
-    assert cache.scale == 0.5 and cache.latent_shape == (8, 8, 8)
-    for i, flip in ((0, 0), (33, 1)):
+    assert cache.scale == 0.5 and cache.image_size == 32 and cache.latent_shape == (8, 8, 8)
+    moments = cache.moments(np.array([[0, 33], [59, 33]]), np.array([[0, 1], [1, 0]]))
+    assert moments.shape == (2, 2, 16, 8, 8) and moments.dtype == np.float16
+    chosen = [(0, 0, moments[0, 0]), (33, 1, moments[0, 1])]
+    chosen += [(59, 1, moments[1, 0]), (33, 0, moments[1, 1])]
+    for i, flip, given in chosen:
         x = from_uint8(images[i][None])
-        mean, logvar = vae.encode(x.flip(-1) if flip else x)
-        noise = torch.randn(1, 8, 8, 8)
-        expected = (mean + (0.5 * logvar).exp() * noise) * 0.5
-        moments = torch.tensor(cache.moments[i : i + 1, flip]).chunk(2, dim=1)
-        torch.testing.assert_close(sample_posterior(*moments, noise) * cache.scale, expected, atol=2e-3, rtol=2e-3)
-
-    pickled = pickle.dumps(cache)  # as a loader's worker gets it, which maps the file itself
-    assert len(pickled) < 1000 and np.array_equal(pickle.loads(pickled).moments, cache.moments)
-    with pytest.raises(ValueError, match="exists already"):
-        encode_images(images, vae, tmp_path / "cache")
+        expected = torch.cat(vae.encode(x.flip(-1) if flip else x), dim=1)[0]
+        torch.testing.assert_close(torch.tensor(given).float(), expected, atol=2e-3, rtol=2e-3)
+    pickled = pickle.dumps(cache)  # as a loader's worker gets it, which maps the files itself
+    assert len(pickled) < 5000 and pickle.loads(pickled).latent_shape == (8, 8, 8)
 
 
-def test_an_incomplete_cache_is_refused(tmp_path):
-    cache = tmp_path / "c"
-    cache.mkdir()
-    with pytest.raises(ValueError, match="vae.py encode"):
-        LatentCache(cache)
-    np.zeros((3, 2, 4, 2, 2), np.float16).tofile(cache / "moments.bin")
-    np.save(cache / "labels.npy", np.array([0, 1]))
-    record = dict(shape=[3, 2, 4, 2, 2], classes=["a", "b"], scale=1.0, image_size=32, vae_digest="")
-    (cache / "cache.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="c: not a readable latent cache .*labels.npy"):
-        LatentCache(cache)
-    np.save(cache / "labels.npy", np.array([0, 1, 1]))
-    assert len(LatentCache(cache).labels) == 3
+def test_the_posterior_is_drawn_from_torchs_seed_with_the_mean_and_variance_of_the_moments():
+    mean, logvar = torch.tensor([3.0, -2.0]), torch.tensor([-2.0, 0.0])
+    moments = torch.cat([mean, logvar]).half()[None, :, None, None].expand(20_000, 4, 2, 1)
+    torch.manual_seed(0)
+    draws = sample_posterior(moments)
+    assert draws.shape == (20_000, 2, 2, 1) and draws.dtype == torch.float32
+    torch.testing.assert_close(draws.mean((0, 2, 3)), mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(draws.var((0, 2, 3)).log(), logvar, atol=0.05, rtol=0)
+    torch.manual_seed(0)
+    assert torch.equal(sample_posterior(moments), draws)
 
 
-# ------------------------------------------------------------------------------------------ the autoencoder
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A folder with vae.pt and photos/ of 2,060 images of 4 px: three parts; three are broken."""
+    folder = tmp_path_factory.mktemp("many")
+    save_images(folder / "photos", [f"class {i % 3}/{i:04}.png" for i in range(2060)], size=4)
+    for name in ("class 0/0003.png", "class 1/1024.png", "class 2/2057.png"):
+        (folder / "photos" / name).write_bytes(b"broken")
+    save_vae(folder / "vae.pt", TINY, 4)
+    return folder
 
 
-@pytest.mark.skip
-def test_the_shape_of_a_vae_is_read_off_its_weights(tmp_path, arch):
-    with torch.device("meta"):
-        vae = AutoencoderKL(**ARCHS[arch])
-    vae = vae.to_empty(device="cpu")
-    torch.save(dict(model=vae.state_dict(), scale=0.7, image_size=48), tmp_path / "v.pt")
-    loaded = load_vae(tmp_path / "v.pt")
-    assert [p.shape for p in loaded.parameters()] == [p.shape for p in vae.parameters()]
-    assert (loaded.scale, loaded.image_size, loaded.factor) == (0.7, 48, 16 if arch == "kl16" else 4)
-
-
-def test_files_of_other_weights_are_not_a_vae(tmp_path):
-    torch.save(dict(model={"ar.positions": torch.zeros(1)}), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="model.pt: not a readable VAE"):
-        load_vae(tmp_path / "model.pt")
-    torch.save(dict(model=small_vae().state_dict() | {"extra.weight": torch.zeros(1)}), tmp_path / "extra.pt")
-    with pytest.raises(ValueError, match="extra.pt: not a readable VAE .*extra.weight"):
-        load_vae(tmp_path / "extra.pt")
-
-
-def test_scaled_latents_have_unit_variance(tmp_path, garments):
-    np.savez(tmp_path / "s.npz", images=garments[0], labels=garments[1])
-    images = Images(tmp_path / "s.npz", 32)
-    save_vae(small_vae(), images, tmp_path / "v.pt", "cpu")
-    vae = load_vae(tmp_path / "v.pt")
-    mean, logvar = vae.encode(from_uint8(np.stack([images[i] for i in range(60)])))
-    latents = vae.scale * sample_posterior(mean, logvar, torch.randn_like(mean))
-    assert latents.std().item() == pytest.approx(1, rel=0.02)
-
-
-# ------------------------------------------------------------------------------------------ files and pictures
-
-
-def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
-    path = tmp_path / "f"
-    atomic_write(path, b"old")
-
-    def write_half(f):
-        f.write(b"ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        atomic_write(path, write_half)
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    atomic_write(path, lambda f: f.write(b"new"))
-    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
-
-
-# ------------------------------------------------------------------------------------------ the commands
-
-
-def test_an_unreadable_image_is_named_also_by_a_worker(tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def photos(many, tmp_path, monkeypatch):
+    """The same folder under another name, as the current folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tree" / "c").mkdir(parents=True)
-    Image.fromarray(gradient(40, 40)).save("tree/c/0.png")
-    (tmp_path / "tree" / "c" / "1.jpg").write_bytes(b"not a picture")
+    for name in ("photos", "vae.pt"):
+        Path(name).symlink_to(many / name)
+
+
+ENCODE = "vae.py encode --data photos --vae vae.pt --out"
+
+
+@pytest.fixture(scope="module")
+def whole(many):
+    """The files of the cache that one process writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(many)
+        run_in_process(f"{ENCODE} whole")
+    return files_of(many / "whole")
+
+
+def files_of(cache):
+    return {path.name: path.read_bytes() for path in Path(cache).iterdir() if path.name != "lock"}
+
+
+@pytest.fixture
+def start(photos, tmp_path):
+    """start("vae.py ...", rank, world) starts a command as torchrun does; returns the process."""
+    processes = []
+
+    def call(line, rank, world):
+        script, *flags = line.split()
+        env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        logs = [tmp_path / f"{len(processes)}.{name}" for name in ("out", "err")]
+        args = ([str(ROOT / script), *flags], tmp_path, env, *logs)
+        processes.append(forks.Process(target=run_script, args=args))
+        processes[-1].start()
+        return processes[-1]
+
+    yield call
+    for process in processes:
+        process.kill()
+
+
+def run_together(start, line, world):
+    processes = [start(line, rank, world) for rank in range(world)]
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def test_an_unreadable_image_keeps_its_row_with_label_minus_1(photos, whole, many):
+    assert sorted(whole) == [
+        "00000.npy", "00001.npy", "00002.npy",
+        "cache.json", "labels.npy", "reconstructions.png", "settings.json", "vae.pt",
+    ]  # fmt: skip
+    cache, images = LatentCache(many / "whole"), Images("photos", 4)
+    left_out = [Path(images.name(i)).name for i in np.flatnonzero(cache.labels < 0)]
+    assert left_out == ["0003.png", "1024.png", "2057.png"]
+    rest = cache.labels >= 0
+    assert np.array_equal(cache.labels[rest], images.labels[rest])
+    rows = np.flatnonzero(rest)[::50]
+    vae = load_vae("vae.pt")
+    expected = torch.cat(vae.encode(from_uint8(np.stack([images[i] for i in rows]))), dim=1)
+    given = torch.tensor(cache.moments(rows, np.zeros_like(rows))).float()
+    torch.testing.assert_close(given, expected, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_write_the_same_bytes_as_one(start, whole, world):
+    run_together(start, f"{ENCODE} cache", world)
+    assert files_of("cache") == whole
+
+
+def test_a_killed_encoding_is_resumed_by_another_number_of_processes(start, whole, capsys):
+    """Process 0 of 2 makes parts 0 and 2, and waits for part 1, which never comes."""
+    process = start(f"{ENCODE} cache", rank=0, world=2)
+    deadline = time.monotonic() + 100
+    while len(list(Path("cache").glob("*.npy"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+    run_in_process(f"{ENCODE} cache", expect=2)
+    assert "cache: another command is writing to it" in capsys.readouterr().err
+    process.kill()
+    process.join()
+    made = {path: path.stat().st_mtime_ns for path in Path("cache").glob("*.npy")}
+    assert {path.name for path in made} == {"00000.npy", "00002.npy"}
+
+    run_in_process("train.py --data cache", expect=2)
+    error = capsys.readouterr().err
+    assert "cache: not a latent cache, or an unfinished one: python vae.py encode" in error
+    for other in ("--batch-size 5", "--image-size 8"):
+        run_in_process(f"{ENCODE} cache {other}", expect=2)
+        message = "cache: unfinished, of other inputs or settings; finish it with those, or remove"
+        assert message in capsys.readouterr().err
+
+    # In other processes: this one has locked the folder.
+    run_together(start, f"{ENCODE} cache2", 1)
+    Path("cache").rename("resumed")
+    run_together(start, f"{ENCODE} resumed", 3)
+    assert files_of("resumed") == whole
+    for path, made_at in made.items():
+        assert Path("resumed", path.name).stat().st_mtime_ns == made_at
+    run_in_process(f"{ENCODE} resumed", expect=2)
+    assert "resumed: is a complete cache; remove it or give another" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def test_encode_names_what_it_left_out_and_says_how_good_the_vae_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_images("tree", ["a/0.png", "b/1.png", "b/2.png"], size=40)
+    for name in ("a/0.jpg", "b/1.jpg"):
+        Path("tree", name).write_bytes(b"not a picture")
+    Image.fromarray(np.ones((40, 40), np.float32)).save("tree/b/float.tif")
     save_small_vae("v.pt")
+    caches = []
     for workers in (0, 1):
-        run_in_process(f"vae.py encode --data tree --vae v.pt --out cache --workers {workers}", expect=2)
-        error = capfd.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("vae.py: tree/c/1.jpg: not a readable image")
-        assert not (tmp_path / "cache").exists()
+        run_in_process(f"vae.py encode --data tree --vae v.pt --out {workers} --workers {workers}")
+        out = capsys.readouterr().out
+        for name in ("a/0.jpg", "b/1.jpg", "b/float.tif"):
+            assert f"left out, not readable: tree/{name}\n" in out
+        assert f"wrote 3 of 6 images to {workers}\n2 classes: a, b\n" in out
+        assert "multiplied by the scale of v.pt, 1.0000" in out
+        assert float(re.search(r"mean error of the VAE (\S+) of 2", out)[1]) > 0.1
+        assert "warning: images will be blurred (0.02 is sharp); train a VAE: demo/train" in out
+        caches.append(files_of(str(workers)))
+    assert caches[0] == caches[1]
 
 
-# python SCRIPT vae.py train ...: killed after the first checkpoint, which is after step 100.
-KILL_TRAINING = """
-import os, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import vae
-atomic_write = vae.atomic_write
-vae.atomic_write = lambda *args: atomic_write(*args) or os.kill(os.getpid(), 9)
-vae.run_main(vae.main)
-"""
-
-
-def test_a_vae_that_was_killed_and_resumed_equals_one_that_was_not(tmp_path, command, monkeypatch, capsys):
+def test_the_mean_error_of_a_good_vae_is_printed_without_a_warning(
+    tmp_path, garments, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(ARCHS, "small", dict(channels=4, multipliers=(1, 1), blocks=1, z_channels=2))
-    np.savez("s.npz", images=np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8), labels=[0] * 20)
-    flags = "train --data s.npz --image-size 4 --steps 102 --batch-size 2 --out"
-    run_in_process(f"vae.py {flags} whole.pt")
-    small = 'vae.ARCHS["small"] = dict(channels=4, multipliers=(1, 1), blocks=1, z_channels=2)\nvae.run_main'
-    (tmp_path / "kill.py").write_text(KILL_TRAINING.replace("vae.run_main", small))
-    command([tmp_path / "kill.py", ROOT / "vae.py", *flags.split(), "killed.pt"], expect=-signal.SIGKILL)
-    assert (tmp_path / "killed.pt.partial").exists() and not (tmp_path / "killed.pt").exists()
-    run_in_process(f"vae.py {flags} killed.pt --seed 1", expect=2)
-    assert "killed.pt.partial: not a readable unfinished VAE (of other flags" in capsys.readouterr().err
-    run_in_process(f"vae.py {flags} killed.pt")
-    a, b = (load_file(f"{name}.pt")["model"] for name in ("whole", "killed"))
-    assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path / "killed.pt.partial").exists()
-    capsys.readouterr()
-    for out in ("whole.pt", "picture.png"):
-        run_in_process(f"vae.py {flags} {out}", expect=2)
-        assert f"--out {out}: is there already, or is a picture's name" in capsys.readouterr().err
+    np.savez("s.npz", images=garments[0], labels=garments[1])
+    run_in_process(f"vae.py encode --data s.npz --vae {DEMO_VAE} --out cache")
+    out = capsys.readouterr().out
+    assert "cache/reconstructions.png" in out and "warning" not in out
+    error = float(re.search(r"mean error of the VAE (\S+) of 2", out)[1])
+    vae = load_vae(DEMO_VAE)
+    images = garments[0][:, :, :, None].repeat(3, 3)
+    decoded = to_uint8(vae.decode(vae.encode(from_uint8(images))[0]))
+    # The command measures 16 of them.
+    assert error == pytest.approx(np.abs(images / 127.5 - decoded / 127.5).mean(), rel=0.3)
 
 
 def test_images_of_your_own_need_a_vae_of_their_own(tmp_path, garments, monkeypatch, capsys):
@@ -323,34 +699,51 @@ def test_images_of_your_own_need_a_vae_of_their_own(tmp_path, garments, monkeypa
     np.savez("s.npz", images=garments[0], labels=garments[1])
     for line in ("vae.py encode --data s.npz --out cache", "train.py --data s.npz"):
         run_in_process(line, expect=2)
-        assert "--vae: name the VAE for s.npz" in capsys.readouterr().err
-    run_in_process(f"vae.py encode --data s.npz --vae {DEMO_VAE} --out cache")
-    out = capsys.readouterr().out
-    assert "60 images of 10 classes: 0, 1, 2" in out and "cache/reconstructions.png" in out
-    error = float(re.search(r"mean error of the VAE (\S+) of 2", out)[1])
-    images, vae = garments[0][:, :, :, None].repeat(3, 3), load_vae(DEMO_VAE)
-    decoded = to_uint8(vae.decode(vae.encode(from_uint8(images))[0]))
-    assert error == pytest.approx(np.abs(images / 127.5 - decoded / 127.5).mean(), rel=0.3)  # of 16 of the images
+        error = capsys.readouterr().err
+        assert "--vae: name the VAE for s.npz: kl16, or one that demo/train_vae.py" in error
 
 
-@pytest.mark.parametrize("word,index", [("Straße", 0), ("STRASSE", 0), ("CAFÉ", 1), ("a", 2), ("A", 3), ("4", 4)])
-def test_classes_are_found_whatever_their_case(word, index):
-    assert class_index("--class", word, ["straße", "Café", "a", "A", "e"], 5) == index
+def test_none_readable_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("tree/a").mkdir(parents=True)
+    for i in range(3):
+        Path(f"tree/a/{i}.jpg").write_bytes(b"\xff\xd8\xff cut")
+    save_small_vae("v.pt")
+    run_in_process("vae.py encode --data tree --vae v.pt --out cache", expect=2)
+    captured = capsys.readouterr()
+    assert "vae.py: tree: none of its 3 images can be read" in captured.err
+    assert captured.out.count("left out, not readable: tree/a/") == 3
+    assert not Path("cache/cache.json").exists()
 
 
-def test_train_and_encode(tmp_path, garments, command):
-    """Train a VAE on a folder of images and encode the folder with it, as a user does."""
-    for i, (image, label) in enumerate(zip(*garments)):
-        (tmp_path / "tree" / f"class {label}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "tree" / f"class {label}" / f"{i}.png")
-    out, _ = command("vae.py train --data tree --out own.pt --steps 4 --batch-size 8")
-    vae = load_vae(tmp_path / "own.pt")
-    assert f"scale of the latents {vae.scale:.4f}" in out and (tmp_path / "own.png").exists()
-    out, _ = command("vae.py encode --data tree --vae own.pt --out cache")
-    assert "wrote 60 of 60 images to cache" in out
-    cache = LatentCache(tmp_path / "cache")
-    assert cache.classes[3] == "class 3" and cache.scale == vae.scale and np.isfinite(cache.moments).all()
-    _, err = command("vae.py encode --data nothing --vae own.pt --out c2", expect=2)
-    assert "nothing: no such folder" in err
-    _, err = command("vae.py encode --data tree --vae own.pt --out c2 --image-size 30", expect=2)
-    assert "multiple of 4" in err
+def test_a_class_whose_files_are_all_unreadable_is_not_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_images("photos", [f"{c}/{i}.png" for c in "ac" for i in range(4)], size=32)
+    Path("photos/b").mkdir()
+    Path("photos/b/0.jpg").write_bytes(b"\xff\xd8\xff cut")
+    save_small_vae("vae.pt")
+    run_in_process(f"{ENCODE} cache")
+    run_in_process("train.py --data cache --steps 1 --batch-size 4 --sample-every 0")
+    assert "1 of 3 classes have no images: b\n" in capsys.readouterr().out
+    draw = "sample.py --ckpt runs/train --steps 1 --refs 1 --out"
+    run_in_process(f"{draw} b.png --n 1 --class b", expect=2)
+    error = capsys.readouterr().err
+    assert "--class b: this model was trained on the classes a, c" in error
+    run_in_process(f"{draw} s.npz --num 4")
+    assert np.load("s.npz")["arr_1"].tolist() == [0, 2, 0, 2]
+
+
+def test_encode_by_the_command_line(tmp_path, command):
+    save_images(tmp_path / "tree", [f"class {i % 3}/{i}.png" for i in range(6)], size=32)
+    save_small_vae(tmp_path / "own.pt")
+    out, err = command("vae.py encode --data tree --vae own.pt --out cache")
+    assert "wrote 6 of 6 images to cache" in out and "1/1" in err
+    assert LatentCache(tmp_path / "cache").classes == ["class 0", "class 1", "class 2"]
+    assert Image.open(tmp_path / "cache" / "reconstructions.png").width > 500
+    for flags, message in (
+        ("--data nothing", "nothing: no such folder or .npz of images"),
+        ("--image-size 30", "--image-size 30: must be a multiple of 4 for own.pt"),
+        ("--vae nothing", "nothing: No such file"),
+    ):
+        _, err = command(f"vae.py encode --data tree --vae own.pt --out c2 {flags}", expect=2)
+        assert message in err and not (tmp_path / "c2").exists()
