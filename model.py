@@ -680,7 +680,7 @@ def read_weights(ckpt, *names):
 
 
 def config_from_shapes(state):
-    """Config of weights under our names. Heads: 16 at width 1280, else width / 64."""
+    """Config of weights under our names. Heads: those of SIZES, else width / 64."""
 
     def depth(prefix):
         return 1 + max(int(k.split(".")[2]) for k in state if k.startswith(prefix))
@@ -690,7 +690,7 @@ def config_from_shapes(state):
     cond_tokens = state["cond_positions"].shape[1]
     return Config(
         width=width,
-        heads=16 if width == 1280 else width // 64,
+        heads={160: 5, 1280: 16}.get(width, width // 64),
         ar_depth=depth("ar.blocks."),
         dit_depth=depth("decoder.blocks."),
         num_classes=len(state["ar.class_embedding.weight"]),
@@ -710,7 +710,7 @@ def checkpoint_path(path, name="ema.pt"):
 def load_state(path, ema=True):
     """(config, float32 weights under our names, the other entries) of a model's checkpoint."""
     ckpt = load_file(path)
-    has = shorten(list(ckpt))
+    has = shorten(list(ckpt), 6)
     with user_file(path, f"TransDiff model, it has {has}"):
         state = read_weights(ckpt, "model_ema" if ema else "model", "model")
         for theirs, ours in RELEASED_NAMES:
@@ -763,8 +763,8 @@ def user_file(path, kind):
     except Exception as e:
         if isinstance(e, OSError) and e.filename:  # no such file, no permission
             raise
-        lines = str(e).splitlines() or [type(e).__name__]
-        raise UserError(f"{path}: not a readable {kind} ({lines[0][:200]})") from e
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"{path}: not a readable {kind} ({reason[:200]})") from e
 
 
 def run_main(main):
@@ -839,15 +839,19 @@ def wait_for(paths):
 def start_parts(folder, settings):
     """Open a result that is made in parts; an unfinished one of other settings is refused."""
     path = folder / "settings.json"
+    text = json.dumps(settings)
     if RANK == 0:
         lock(folder)
-        if not path.exists():
-            write_json(path, settings)
+        if not list(folder.glob("*.npy")):  # new, or a command that failed before its first part
+            atomic_write(path, lambda f: f.write(text.encode()))
+        if path.read_text() != text:
+            raise UserError(
+                f"{folder}: unfinished, of other inputs or settings; finish it with those, or "
+                "remove it"
+            )
     wait_for([path])
-    if json.loads(path.read_text()) != json.loads(json.dumps(settings)):
-        raise UserError(
-            f"{folder}: unfinished, of other inputs or settings; finish it with those, or remove it"
-        )
+    while path.read_text() != text:  # rank 0 has not written it yet, or will refuse it
+        time.sleep(0.2)
 
 
 def part_paths(folder, count):
@@ -867,7 +871,9 @@ def fetch(url, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, path)
-        except Exception as e:  # of the network, or of the disk
+            zipfile.ZipFile(path).close()  # an error if the connection was cut
+        except Exception as e:  # of the network, of the disk, or not a checkpoint
+            path.unlink(missing_ok=True)
             raise OSError(f"could not fetch {url} ({e}); put the file at {path}") from e
     return path
 

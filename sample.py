@@ -112,7 +112,7 @@ def check_output(args):
     args.out = Path(args.out or "runs/samples" + suffixes[0])
     if args.out.suffix not in suffixes:
         raise UserError(f"--out {args.out}: must end in {' or '.join(suffixes)} here")
-    if args.out.suffix == ".npz" and args.out.exists():
+    if RANK == 0 and args.out.suffix == ".npz" and args.out.exists():
         raise UserError(f"--out {args.out}: is there already; remove it or give another")
     if args.fuse and args.classes:
         raise UserError("--fuse names the classes; leave out --class")
@@ -133,6 +133,8 @@ def load(args, device, dtype):
     given = {name: getattr(args, name) for name in SETTINGS}
     if args.cfg and len(args.cfg) == 1:
         given["cfg"] = args.cfg[0]
+    elif args.cfg and len(args.cfg) != args.refs:
+        raise UserError(f"--cfg: give one number, or one for each of {args.refs} images")
     model.sampling = model.merge_settings(given)
     return cast_weights(model, dtype), load_vae(vae_path, device, model)
 
@@ -165,6 +167,8 @@ def write_npz(model, vae, labels, names, args):
     size = args.batch_size
     partial = Path(f"{args.out}.partial")
     batches = labels.split(size)
+    if RANK >= len(batches):  # nothing to do
+        return
     settings = dict(
         model.sampling,
         refs=args.refs,

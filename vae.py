@@ -193,9 +193,10 @@ def load_vae(path, device="cpu", model=None):
     """
     path = fetch_released("vae") if path == "kl16" else Path(path)
     ckpt = load_file(path)
+    arch = ckpt.get("arch")  # of a classifier it is a name
     with torch.device("meta"):
-        vae = AutoencoderKL(**ckpt.get("arch", {}))
-    with user_file(path, f"VAE, it has {shorten(list(ckpt))}"):
+        vae = AutoencoderKL(**arch) if isinstance(arch, dict) else AutoencoderKL()
+    with user_file(path, f"VAE, it has {shorten(list(ckpt), 6)}"):
         state = read_weights(ckpt, "model", "state_dict")
         # Without LDM's discriminator.
         state = {k: v for k, v in state.items() if not k.startswith("loss.")}
@@ -321,23 +322,25 @@ def walk(folder, parents=()):
     for entry in sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name)):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if os.path.isdir(entry.path):  # of a link to itself too: no error
             yield from walk(entry.path, (*parents, real))
-        elif entry.is_file():
+        elif os.path.isfile(entry.path):
             yield entry.path
 
 
 def read_folder(root, labelled):
     """(paths [N], labels [N], class names); labelled: the classes are the sorted subfolders."""
     folders = [root]
+    parents = ()
     if labelled:
+        parents = (os.path.realpath(root),)
         folders = [entry for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."]
         folders.sort(key=os.fsencode)
     paths = []
     labels = []
     others = Counter()
     for label, folder in enumerate(folders):
-        files = list(walk(folder))
+        files = list(walk(folder, parents))
         images = [path for path in files if path.lower().endswith(SUFFIXES)]
         if not images:
             raise UserError(f"{folder}: no images in this folder; remove it or fill it")
@@ -367,7 +370,7 @@ def read_npz(path, labelled):
     labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0)))
     if labels.dtype.kind in "iu" and labels.size == len(images) and labels.min() >= 0:
         labels = labels.reshape(-1).astype(np.int64)
-        classes = arrays.get("classes", np.arange(labels.max() + 1))
+        classes = arrays.get("classes", np.arange(labels.max() + 1)).reshape(-1)
         if labels.max() < len(classes):
             return images, labels, list(map(str, classes))
     if labelled:

@@ -6,12 +6,14 @@ code: a graph break or a recompilation shows in seconds.
 
 import argparse
 import dataclasses
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 from model import SIZES, Config, TransDiff, per_image_noise
@@ -83,9 +85,12 @@ def test_blocks_compile_under_ddp_once_per_kind(refs, backend, process_group, mo
     original = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend=backend))
     monkeypatch.setattr(train, "WORLD", 2)  # wrap in DDP; the group has one process
+    # A block is larger than DDP's buckets, as with 25 MB at size B.
+    ddp = functools.partial(DistributedDataParallel, bucket_cap_mb=0.05)
+    monkeypatch.setattr(train, "DistributedDataParallel", ddp)
     model = build(refs)
     forward = train.parallelize(model, argparse.Namespace(compile=True))
-    assert isinstance(forward, torch.nn.parallel.DistributedDataParallel)
+    assert isinstance(forward, DistributedDataParallel)
     loss, grads = loss_and_gradients(model, forward, refs)
     assert backend.frame_count == 2  # one for all blocks of the AR Transformer, one for the DiT's
     assert not counters["graph_break"]

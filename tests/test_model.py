@@ -705,9 +705,10 @@ def test_weights_saved_from_ddp_or_torch_compile_load(prefix, tmp_path):
     assert all(torch.equal(loaded[name], p) for name, p in model.state_dict().items())
 
 
-def test_bare_weights_of_a_model_with_a_compiled_part_load(tmp_path):
-    """The shapes of the weights give the configuration."""
-    model = build(dataclasses.replace(SMALL, width=64, heads=1))
+@pytest.mark.parametrize("width,heads", [(64, 1), (160, 5)])  # 160: XS
+def test_bare_weights_of_a_model_with_a_compiled_part_load(width, heads, tmp_path):
+    """The shapes of the weights give the configuration, but for the heads."""
+    model = build(dataclasses.replace(SMALL, width=width, heads=heads))
     weights = model.state_dict()
     compiled = {k.replace("decoder.", "decoder._orig_mod."): p for k, p in weights.items()}
     torch.save(compiled, tmp_path / "x.pt")

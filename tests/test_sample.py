@@ -144,8 +144,9 @@ def test_cfg_is_one_number_or_one_for_each_image(run):
     run(f"sample.py --cfg 1 1 4 {flags} last.png")
     same, last = columns("same.png", 3), columns("last.png", 3)
     assert np.array_equal(same[:2], last[:2]) and np.abs(same[2] - last[2]).mean() > 1
-    message = "give one number, or one for each of 3 images"
-    assert message in last_line(run(f"sample.py --cfg 1 2 {flags} x.png", expect=2))
+    message = "--cfg: give one number, or one for each of 3 images"
+    for cfg in ("1 2", "1 2 3 4"):
+        assert message in last_line(run(f"sample.py --cfg {cfg} {flags} x.png", expect=2))
 
 
 # ------------------------------------------------------------------------------------ classes
@@ -271,6 +272,13 @@ def test_a_killed_set_is_resumed_by_another_number_of_processes(
     assert (tmp_path / "s.npz").read_bytes() == balanced_set and not partial.exists()
 
 
+def test_a_set_whose_first_command_was_wrong_needs_no_clearing_up(run, tmp_path):
+    draw = "sample.py --num 10 --steps 1 --out s.npz"
+    run(f"{draw} --refs 5", expect=2)
+    run(f"{draw} --refs 1")
+    assert len(np.load("s.npz")["arr_0"]) == 10
+
+
 def test_a_complete_set_is_not_replaced(run, tmp_path):
     (tmp_path / "s.npz").write_bytes(b"of another model")
     message = last_line(run("sample.py --num 10 --out s.npz", expect=2))
@@ -380,6 +388,19 @@ def test_pretrained_fetches_once_and_draws(run, hub):
     assert np.load("x.npz")["arr_0"].shape == (1, 256, 256, 3)
     run(f"{draw} --class hat", expect=2)  # is noticed after both files are loaded
     assert hub.requests == 2
+
+
+def test_a_download_that_was_cut_off_is_not_kept(run, hub, tmp_path):
+    hub.cut = 1_000_000
+    message = last_line(run("sample.py --pretrained B-mrar", expect=2))
+    assert "could not fetch" in message and "checkpoint-last.pth" in message
+    assert not list((tmp_path / "home").rglob("*.pth"))
+
+
+def test_a_download_of_something_else_is_not_kept(run, hub, tmp_path):
+    message = last_line(run("sample.py --pretrained L-mrar", expect=2))
+    assert "transdiff_l_mrar/checkpoint-last.pth" in message and "not a zip file" in message
+    assert not list((tmp_path / "home").rglob("*.pth"))
 
 
 def test_no_network_is_one_line(run, monkeypatch, tmp_path):
