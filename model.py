@@ -65,7 +65,7 @@ class Config:
         if self.refs not in (1, 4, 16, 64):
             raise UserError(f"refs {self.refs}: must be 1, 4, 16 or 64")
         side = math.isqrt(self.tokens_per_image)
-        if self.refs > 1 and (side**2 != self.tokens_per_image or self.latent_size % side):
+        if self.refs > 1 and (self.refs * side**2 != self.cond_tokens or self.latent_size % side):
             raise UserError(
                 f"refs {self.refs}: each image has {self.tokens_per_image} tokens, so the side of "
                 f"the latents has to be a multiple of {side}; it is {self.latent_size}"
@@ -543,10 +543,12 @@ class TransDiff(nn.Module):
             v_null = self.decoder(x, t_, null_keys_values)[:, 0].float()
             return v_null + cfg * (v - v_null)  # the drift is affine in v: this mixes drifts
 
+        if steps < 1 or sampler not in ("euler-maruyama", "adams-bashforth"):
+            raise UserError(
+                f"steps {steps}, sampler {sampler}: expected 1 or more, and one named above"
+            )
         if sampler == "adams-bashforth":
             return adams_bashforth(velocity, noise, steps)
-        if sampler != "euler-maruyama":
-            raise UserError(f"sampler {sampler}: must be euler-maruyama or adams-bashforth")
         return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
 
     @torch.no_grad()
@@ -566,11 +568,11 @@ class TransDiff(nn.Module):
         Returns the chain [B, refs, C, H, W].
         """
         config = self.config
-        refs = refs or config.refs
+        refs = config.refs if refs is None else refs
         settings = self.merge_settings(settings)
         null_refs = settings.pop("null_refs")
         cfg = settings.pop("cfg")
-        cfg = cfg if isinstance(cfg, list) else [cfg] * refs
+        cfg = cfg if isinstance(cfg, (list, tuple)) else [cfg] * refs
         self.check_sample(labels, refs, cfg)
         if noise is None:
             noise_sampler = settings.get("noise_sampler", torch.randn_like)
@@ -803,10 +805,11 @@ def atomic_write(path, write):
             os.fsync(f.fileno())
         tmp.replace(path)
     except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        reason = getattr(e, "strerror", None) or f"disk full? {str(e).splitlines()[0]}"
         raise OSError(f"{path}: could not be written ({reason})") from e
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp.unlink()
 
 
 def write_json(path, data):

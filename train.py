@@ -46,7 +46,7 @@ RECIPES = {
     "XS 1-step": dict(DEMO_RUN, steps=1600, lr=2e-3, batch_size=64),
     "XS MRAR": dict(DEMO_RUN, steps=500, lr=1e-3, batch_size=16),
 }
-XS_SAMPLING = dict(sampler="adams-bashforth", steps=8, cfg=2.25, null_refs=False)
+XS_SAMPLING = dict(sampler="adams-bashforth", steps=8, cfg=2.25, null_refs=False, s1=1.0, s2=1.0)
 WEIGHT_DECAY = 0.02  # Appendix B
 CLIP = 3.0  # norm of the gradient; the release
 
@@ -373,7 +373,8 @@ def warm_start(model, start, classes, path):
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        raise UserError(f"--init {path}: weights of another shape: {old}, not {new}") from e
+        different = {k: v for k, v in vars(old).items() if v != vars(new)[k]}
+        raise UserError(f"--init {path}: weights of another shape: {different}") from e
 
 
 def parallelize(model, args):

@@ -10,6 +10,7 @@ loads as it is. demo/train_vae.py trains one on your own images.
 Under torchrun every process encodes its part. A command that was killed resumes when repeated.
 """
 
+import fnmatch
 import functools
 import json
 import os
@@ -183,6 +184,18 @@ def sample_posterior(moments):
     return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
 
 
+def arch_from_shapes(state):
+    """Arguments of AutoencoderKL for these weights."""
+    firsts = fnmatch.filter(state, "encoder.down.*.block.0.conv1.weight")
+    channels = len(state["encoder.conv_in.weight"])
+    return dict(
+        channels=channels,
+        multipliers=[len(state[name]) // channels for name in firsts],
+        blocks=len(fnmatch.filter(state, "encoder.down.0.block.*.conv1.weight")),
+        z_channels=len(state["post_quant_conv.weight"]),
+    )
+
+
 def load_vae(path, device="cpu", model=None):
     """AutoencoderKL of our file, of the release's or of LDM's: eval mode, gradients off.
 
@@ -193,13 +206,13 @@ def load_vae(path, device="cpu", model=None):
     """
     path = fetch_released("vae") if path == "kl16" else Path(path)
     ckpt = load_file(path)
-    arch = ckpt.get("arch")  # of a classifier it is a name
-    with torch.device("meta"):
-        vae = AutoencoderKL(**arch) if isinstance(arch, dict) else AutoencoderKL()
     with user_file(path, f"VAE, it has {shorten(list(ckpt), 6)}"):
         state = read_weights(ckpt, "model", "state_dict")
         # Without LDM's discriminator.
         state = {k: v for k, v in state.items() if not k.startswith("loss.")}
+        arch = arch_from_shapes(state)
+        with torch.device("meta"):
+            vae = AutoencoderKL(**arch)
         vae.load_state_dict(state, assign=True)
     vae.scale = ckpt.get("scale", RELEASED_SCALE)
     vae.image_size = ckpt.get("image_size", 256)
@@ -499,7 +512,7 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu"):
     wait_for(paths)
     readable = np.concatenate([np.isfinite(open_part(path)[:, 0, 0, 0, 0]) for path in paths])
     for i in np.flatnonzero(~readable):
-        print(f"left out, not readable: {images.name(i)}")
+        print(f"left out, not readable: {images.name(i)!r}")  # !r: a name may not be UTF-8
     if not readable.any():
         raise UserError(f"{images.path}: none of its {len(images)} images can be read")
     error = show_reconstructions(images, vae, out / "reconstructions.png", device, readable)
@@ -561,7 +574,8 @@ class LatentCache:
     def moments(self, indices, flips):
         """float16 [..., 2 z, h, w] of the images `indices` [...]; flips [...]: 1 = mirrored."""
         pairs = zip(indices.flat, flips.flat)
-        rows = [open_part(self.parts[i // PART])[i % PART, flip] for i, flip in pairs]
+        with user_file(self.path, "latent cache"):
+            rows = [open_part(self.parts[i // PART])[i % PART, flip] for i, flip in pairs]
         return np.stack(rows).reshape(*indices.shape, *rows[0].shape)
 
 

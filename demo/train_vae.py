@@ -6,7 +6,7 @@
 
 The paper takes LDM's autoencoder as it is; this is no part of it. SRC as for vae.py. Losses are L1
 and KL: LDM's without the perceptual and the GAN terms. `l1` in the progress bar is the mean error
-in units of [-1, 1]: 0.02 is sharp. OUT has weights in float16, `arch`, `image_size` and the scale
+in units of [-1, 1]: 0.02 is sharp. OUT has weights in float16, `image_size` and the scale
 of the latents; a picture of originals over reconstructions is written beside it.
 
 OUT.partial holds a checkpoint of every 100 steps. A command that was stopped resumes when repeated.
@@ -38,14 +38,12 @@ SAVE_EVERY = 100  # steps
 
 
 def build(args, device):
-    """AutoencoderKL to train, with its `arch` and `image_size`: new, or as --init has it."""
+    """AutoencoderKL to train, with its `image_size`: new, or as --init has it."""
     if args.init:
         vae = load_vae(args.init)
-        vae.arch = load_file(vae.path).get("arch", ARCHS["kl16"])
     else:
         torch.manual_seed(args.seed)
         vae = AutoencoderKL(**ARCHS[args.arch])
-        vae.arch = ARCHS[args.arch]
         vae.image_size = 256 if args.arch == "kl16" else 32
     vae.image_size = args.image_size or vae.image_size
     if vae.image_size % vae.factor:
@@ -129,7 +127,7 @@ def save_vae(vae, images, out, device):
     scale = 1 / torch.cat(latents).std().item()
 
     weights = {k: v.half() for k, v in vae.state_dict().items()}
-    ckpt = dict(model=weights, arch=vae.arch, scale=scale, image_size=vae.image_size)
+    ckpt = dict(model=weights, scale=scale, image_size=vae.image_size)
     atomic_write(out, lambda f: torch.save(ckpt, f))
     picture = out.with_suffix(".png")
     error = show_reconstructions(originals, vae, picture, device, np.ones(len(originals)))

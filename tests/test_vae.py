@@ -663,7 +663,7 @@ def test_encode_names_what_it_left_out_and_says_how_good_the_vae_is(tmp_path, mo
         run_in_process(f"vae.py encode --data tree --vae v.pt --out {workers} --workers {workers}")
         out = capsys.readouterr().out
         for name in ("a/0.jpg", "b/1.jpg", "b/float.tif"):
-            assert f"left out, not readable: tree/{name}\n" in out
+            assert f"left out, not readable: 'tree/{name}'\n" in out
         assert f"wrote 3 of 6 images to {workers}\n2 classes: a, b\n" in out
         assert "multiplied by the scale of v.pt, 1.0000" in out
         assert float(re.search(r"mean error of the VAE (\S+) of 2", out)[1]) > 0.1
@@ -706,7 +706,7 @@ def test_none_readable_is_an_error(tmp_path, monkeypatch, capsys):
     run_in_process("vae.py encode --data tree --vae v.pt --out cache", expect=2)
     captured = capsys.readouterr()
     assert "vae.py: tree: none of its 3 images can be read" in captured.err
-    assert captured.out.count("left out, not readable: tree/a/") == 3
+    assert captured.out.count("left out, not readable: 'tree/a/") == 3
     assert not Path("cache/cache.json").exists()
 
 
