@@ -9,14 +9,18 @@ Multi-Reference Autoregression":
     ARTransformer               Eq. 6, 9, 11
     DiT                         Eq. 3 (the velocity psi) and Eq. 7 (the diffusion decoder)
     euler_maruyama              Appendix C, Eq. 16-18
+    draw_t                      the distribution of t in Eq. 5
     TransDiff.encode, loss      Eq. 4, 5, 8, 10, 12
     TransDiff.decode, sample    Eq. 7, Algorithms 1 and 2
     checkpoints                 our files and the released ones
     running it                  devices, seeds, files and errors: nothing about the method
 
+Eq. 13-15 are in diversity.py, the recipe of Appendix B in train.py; Eq. 1 and 2 are background.
+
 One idea unifies 1-step AR and MRAR: a chain of `refs` images of one class shares a condition c of
-`cond_tokens` tokens, cond_tokens / refs for each image. refs = 1 is 1-step AR ("0 references" in
-the paper), refs = 4 is the paper's MRAR.
+`cond_tokens` tokens, cond_tokens / refs per image: c_0, c_1, ... Image k is decoded from c_0 to
+c_k. `refs` counts the images; the last is the result, those before it are its references. refs = 1
+is 1-step AR ("0 references" in the paper), refs = 4 is the paper's MRAR.
 """
 
 import argparse
@@ -44,6 +48,10 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 
+class UserError(ValueError):
+    """A mistake in the input. The message is one line: the file or flag, and the remedy."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Shape of the model; the defaults are TransDiff-B, 1-step AR, on ImageNet at 256 px."""
@@ -54,7 +62,9 @@ class Config:
     dit_depth: int = 12  # blocks of the DiT decoder
     num_classes: int = 1000
     refs: int = 1  # images in a chain: 1 (1-step AR), 4 (MRAR), 16 or 64
-    cond_tokens: int = 256  # length of c over the whole chain; 256 at 512 px too (Eq. 9: h w)
+    cond_tokens: int = (
+        256  # length of c over the chain: h w of Eq. 9; 256 at 512 px too, as released
+    )
     class_tokens: int = 64  # copies of the class embedding at the start of the input
     latent_channels: int = 16
     latent_size: int = 16  # side of the square latent: 16 at 256 px, 32 at 512 px
@@ -67,8 +77,8 @@ class Config:
         side = math.isqrt(self.tokens_per_image)
         if self.refs > 1 and (self.refs * side**2 != self.cond_tokens or self.latent_size % side):
             raise UserError(
-                f"refs {self.refs}: each image has {self.tokens_per_image} tokens, so the side of "
-                f"the latents has to be a multiple of {side}; it is {self.latent_size}"
+                f"refs {self.refs}: cond_tokens / refs has to be a square, and its side has to "
+                f"divide that of the latents; they are {self.cond_tokens}, {self.latent_size}"
             )
 
     @property
@@ -77,7 +87,7 @@ class Config:
 
     @property
     def patch(self):
-        """Side of the patches that references enter in: the paper's f, 2 for refs = 4."""
+        """Side of a reference's patches, f of Eq. 11: for refs = 4, 2 at 256 px and 4 at 512 px."""
         return self.latent_size // math.isqrt(self.tokens_per_image)
 
     @property
@@ -99,7 +109,7 @@ SIZES = {
         latent_size=8,
         dropout=0.0,
     ),
-    # Appendix B.
+    # Appendix B; the number of heads from the release.
     "B": Config(width=768, heads=12, ar_depth=24, dit_depth=12),
     "L": Config(width=1024, heads=16, ar_depth=32, dit_depth=16),
     "H": Config(width=1280, heads=16, ar_depth=40, dit_depth=20),
@@ -117,12 +127,14 @@ def attention_masks(config, device=None):
     image_of_token = images.repeat_interleave(config.tokens_per_image)  # of each token of c
     cross = images[:, None] >= image_of_token[None, :]
 
-    # The input is [class] [mask] [x_0] [x_1] ...: block -1, 0, 1, 2, ...
-    # The output of block k >= 0 is c_k.
+    #   input   [class] [mask] [x_0] [x_1] ...
+    #   block     -1      0      1     2
+    #   output     -     c_0    c_1   c_2
     block = torch.cat([images.new_full((config.class_tokens,), -1), image_of_token])
-    ar = block[:, None] >= block[None, :]  # Figure 3 (e): its own block and every earlier one
+    ar = block[:, None] >= block[None, :]  # Figure 3 (e), block-causal (the paper: "causal")
     if config.refs == 1:
-        ar = torch.ones_like(ar)  # Figure 3 (d): bidirectional (zeros, added to the scores)
+        # Figure 3 (d): bidirectional. The paper's zeros are added to the scores, so hide nothing.
+        ar = torch.ones_like(ar)
     return ar, cross
 
 
@@ -212,14 +224,14 @@ class ARBlock(nn.Module):
 
 
 def patchify(latents, patch):
-    """Cut latents into patches, each in the order channel, row, column (p of Eq. 11).
+    """Cut latents into patches (f x f in Eq. 11), each in the order channel, row, column.
 
     latents  [B, k, C, H, W]
     Returns [B, k (H / patch) (W / patch), C patch patch].
     """
     x = F.pixel_unshuffle(latents, patch).flatten(3)  # [B, k, C patch patch, tokens]
-    x = x.transpose(2, 3).flatten(1, 2)
-    return x.contiguous()  # k = 1 gives a view: without this its product rounds differently
+    # For k = 1 this is a view, and a Linear may round differently on a view: hence the copy.
+    return x.transpose(2, 3).flatten(1, 2).contiguous()
 
 
 class ARTransformer(nn.Module):
@@ -268,6 +280,7 @@ class ARTransformer(nn.Module):
             mask = mask[:S, :S]
         for block in self.blocks:
             x = block(x, mask)
+        # c is the output of the mask and reference tokens; that of the class tokens is dropped.
         return self.norm_out(x)[:, config.class_tokens :]
 
 
@@ -278,12 +291,12 @@ def modulate(x, shift, scale):
 class DiTBlock(nn.Module):
     """Self-attention and MLP modulated by the timestep, plain cross-attention to c between them.
 
-    A condition c has M noisy images: several draws of t, several images of a chain. Self-attention
-    is within an image. Cross-attention joins the images of a condition to one query sequence, so
-    that they share its keys and values:
+    A condition c has M noisy images x_t: batch_mul draws of t for each image of a chain, those of
+    image 0 first. Self-attention is within an x_t. Cross-attention joins the x_t of a condition to
+    one query sequence, so that they share its keys and values:
 
-        x        [B M, N, D]   | image 0 |  | image 1 |  ...  | image M-1 |     N tokens each
-        queries  [B, M N, D]   | image 0 | image 1 | ... | image M-1 |
+        x        [B M, N, D]   | x_t 0 |  | x_t 1 |  ...  | x_t M-1 |     N tokens each
+        queries  [B, M N, D]   | x_t 0 | x_t 1 | ... | x_t M-1 |
         keys     [B, K, D]     | c_0 | c_1 | ... |
     """
 
@@ -300,7 +313,7 @@ class DiTBlock(nn.Module):
     def forward(self, x, modulation, keys, values, mask):
         """x [B M, N, D], modulation [B M, 6, D] or [1, 6, D], mask bool [M N, K] -> like x."""
         table = self.scale_shift_table + modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = table[:, :, None].unbind(1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=1)  # each [B M, 1, D]
         x = x + gate1 * self.attn1(modulate(self.norm1(x), shift1, scale1))
         queries = self.norm2(x).reshape(len(keys), -1, x.shape[-1])
         x = x + self.attn2(queries, keys, values, mask).reshape(x.shape)
@@ -309,14 +322,17 @@ class DiTBlock(nn.Module):
 
 def timestep_embedding(t, dim=256):
     """t [B] in [0, 1] -> [B, dim]: cosines, then sines, of 1000 t 10000^(-i / (dim / 2))."""
-    i = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+    i = torch.arange(dim // 2, device=t.device)
     frequencies = torch.exp(-math.log(10000) * i / (dim // 2))
     angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class DiT(nn.Module):
-    """The diffusion decoder: velocity of x_t given t and c. One token per latent position."""
+    """The diffusion decoder: velocity of x_t given t and c. One token per latent position.
+
+    The paper says "DiT" and "condition"; how c and t enter is the release's: c by cross-attention.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -357,7 +373,7 @@ class DiT(nn.Module):
         for block, (keys, values) in zip(self.blocks, keys_values):
             h = block(h, modulation, keys, values, mask)
         table = self.scale_shift_table + temb[:, None]
-        shift, scale = table[:, :, None].unbind(1)
+        shift, scale = table.chunk(2, dim=1)
         v = self.output_proj(modulate(self.norm_out(h), shift, scale))
         return v.transpose(1, 2).reshape(x.shape)
 
@@ -384,7 +400,7 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
         w = 2 * t
         v = velocity(x, t)
         score = -(x + (1 - t) * v) / t
-        drift = v - 0.5 * w * score
+        drift = v - 0.5 * w * score  # the bracket of Eq. 16
         if t_next == 0.0:
             return x + drift * dt
         x = x + s1 * drift * dt + s2 * math.sqrt(w * -dt) * noise_sampler(x)
@@ -395,17 +411,34 @@ def adams_bashforth(velocity, x, steps=25):
     v_last = None
     for i in range(steps):
         v = velocity(x, 1 - i / steps)
-        v_mean = v if v_last is None else 1.5 * v - 0.5 * v_last
-        x = x - v_mean / steps
+        v_middle = v if v_last is None else 1.5 * v - 0.5 * v_last  # at the middle of the step
+        x = x - v_middle / steps
         v_last = v
     return x
 
 
 def draw_t(shape, distribution="logit-normal", device=None):
-    """Times in (0, 1): "logit-normal" as in the release, or "uniform" (Eq. 5)."""
+    """Times in [0, 1): "logit-normal" as in the release, or "uniform" (Eq. 5)."""
     if distribution == "uniform":
         return torch.rand(shape, device=device)
     return torch.randn(shape, device=device).sigmoid()
+
+
+PUBLISHED = {  # (width, refs, latent_size) -> cfg, s1, s2, where they differ from those of B
+    (1024, 1, 16): (1.30, 0.89, 0.95),
+    (1024, 4, 16): (1.30, 0.925, 0.95),
+    (1024, 1, 32): (1.30, 0.87, 0.87),
+    (1280, 1, 16): (1.23, 0.87, 0.93),
+    (1280, 4, 16): (1.28, 0.87, 0.91),
+}
+
+
+def default_sampling(config):
+    """Settings of `sample` of a new model or a released one; files of ours carry their own."""
+    shape = (config.width, config.refs, config.latent_size)
+    cfg, s1, s2 = PUBLISHED.get(shape, (1.30, 0.87, 0.91))
+    sampler = "euler-maruyama"
+    return dict(steps=100, cfg=cfg, cfg_below=1.0, null_refs=True, s1=s1, s2=s2, sampler=sampler)
 
 
 class TransDiff(nn.Module):
@@ -415,7 +448,7 @@ class TransDiff(nn.Module):
     (the paper writes "causal"), and c of `width` numbers per token (the paper: d f f).
 
     sampling  settings of `sample` that fit these weights; checkpoints carry them
-    info      of a checkpoint: step, classes (names), vae_digest ...
+    info      of a checkpoint: step, classes (names), empty (classes never trained), vae_digest
     """
 
     def __init__(self, config):
@@ -434,16 +467,17 @@ class TransDiff(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                module.bias.zero_()
         for name, p in self.named_parameters():
             if name.endswith("scale_shift_table"):
                 p.normal_(std=self.config.width**-0.5)
             elif name.endswith(embeddings):
                 p.normal_(std=0.02)
-        nn.init.zeros_(self.decoder.output_proj.weight)
+        self.decoder.output_proj.weight.zero_()
 
     def encode(self, labels, references=None):
-        """Condition c (Eq. 10, 12): the AR Transformer's features plus a second position embedding.
+        """Condition c (Eq. 10, 12): the AR Transformer's features plus a second position embedding
+        (the release's; not in the paper).
 
         labels      int64 [B] in [0, num_classes]; num_classes is the null class
         references  latents [B, k, C, H, W] of images 0 ... k - 1, k < refs; None: k = 0
@@ -453,7 +487,7 @@ class TransDiff(nn.Module):
         return features + self.cond_positions[:, : features.shape[1]]
 
     def velocity(self, x, t, c):
-        """psi of Eq. 3.
+        """psi of Eq. 3. For use from outside: loss and decode compute keys_values once.
 
         x    x_t [B, C, H, W]
         t    [B] in [0, 1], 1 = noise
@@ -481,7 +515,7 @@ class TransDiff(nn.Module):
         if self.training:
             labels = self.drop_labels(labels)
         if config.refs == 1 and config.dropout == 0 and len(labels) > config.num_classes:
-            # The c of 1-step AR is a function of the class alone: encode each class once.
+            # 1-step AR without dropout: c depends on the class alone, so encode each class once.
             classes = torch.arange(config.num_classes + 1, device=labels.device)
             c = self.encode(classes)[labels]
         else:
@@ -497,7 +531,7 @@ class TransDiff(nn.Module):
         if config.refs > 1:
             _, cross_mask = attention_masks(config, x.device)  # image k attends to c_0 ... c_k
         v = self.decoder(x_t, t, self.decoder.keys_values(c), cross_mask)
-        return (v.float() - (eps - x)).square().mean()  # Eq. 5
+        return (v.float() - (eps - x)).square().mean()  # Eq. 5, 8: a mean, not the sum
 
     forward = loss  # DistributedDataParallel wraps forward
 
@@ -544,9 +578,8 @@ class TransDiff(nn.Module):
             return v_null + cfg * (v - v_null)  # the drift is affine in v: this mixes drifts
 
         if steps < 1 or sampler not in ("euler-maruyama", "adams-bashforth"):
-            raise UserError(
-                f"steps {steps}, sampler {sampler}: expected 1 or more, and one named above"
-            )
+            names = "euler-maruyama or adams-bashforth"
+            raise UserError(f"sampler {sampler}: must be {names}; steps {steps}: 1 or more")
         if sampler == "adams-bashforth":
             return adams_bashforth(velocity, noise, steps)
         return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
@@ -572,8 +605,8 @@ class TransDiff(nn.Module):
         settings = self.merge_settings(settings)
         null_refs = settings.pop("null_refs")
         cfg = settings.pop("cfg")
-        cfg = cfg if isinstance(cfg, (list, tuple)) else [cfg] * refs
-        self.check_sample(labels, refs, cfg)
+        cfgs = cfg if isinstance(cfg, (list, tuple)) else [cfg] * refs
+        self.check_sample(labels, refs, cfgs, references)
         if noise is None:
             noise_sampler = settings.get("noise_sampler", torch.randn_like)
             noise = noise_sampler(
@@ -581,14 +614,16 @@ class TransDiff(nn.Module):
             )
         null = torch.full_like(labels, config.num_classes)
 
-        chain = noise[:, None][:, :0] if references is None else references
+        chain = references
+        if chain is None:  # no images yet
+            chain = noise.new_empty(len(noise), 0, *config.latent_shape)
         for k in range(chain.shape[1], refs):
-            c = self.encode(labels, chain)
+            c = self.encode(labels, chain)  # lines 2-7 and 10 of Algorithm 2: c_0 ... c_k
             c_null = None
-            if cfg[k] != 1:
+            if cfgs[k] != 1:
                 c_null = self.encode(null, chain if null_refs else None)
-            x = self.decode(c, noise, c_null, cfg[k], **settings)
-            chain = torch.cat([chain, x[:, None]], dim=1)
+            x = self.decode(c, noise, c_null, cfgs[k], **settings)  # line 11
+            chain = torch.cat([chain, x[:, None]], dim=1)  # line 8; fed back is the image, not c_k
         return chain
 
     def merge_settings(self, settings):
@@ -597,21 +632,24 @@ class TransDiff(nn.Module):
         merged = {**self.sampling, **given}
         if merged["sampler"] == "adams-bashforth" and {"s1", "s2"} & set(given):
             raise UserError(
-                "s1, s2: adams-bashforth has no noise to scale; set the sampler to euler-maruyama "
-                "and the steps to 25 or more"
+                "s1, s2: adams-bashforth has neither; set the sampler to euler-maruyama and the "
+                "steps to 25 or more"
             )
         return merged
 
-    def check_sample(self, labels, refs, cfg):
+    def check_sample(self, labels, refs, cfgs, references):
         config = self.config
-        if not 1 <= refs <= config.refs:
+        given = 0 if references is None else references.shape[1]
+        if not given < refs <= config.refs:
             raise UserError(
                 f"refs {refs}: this model draws chains of 1 to {config.refs} images; "
                 "finetune_mrar.py trains one for longer chains"
             )
-        if len(cfg) < refs:
-            raise UserError(f"cfg {cfg}: give one number, or one for each of {refs} images")
-        if not labels.is_meta and not 0 <= labels.min() <= labels.max() < config.num_classes:
+        if len(cfgs) != refs:
+            raise UserError(f"cfg {cfgs}: give one number, or one for each of {refs} images")
+        if labels.is_meta:  # has no values
+            return
+        if not 0 <= labels.min() <= labels.max() < config.num_classes:
             raise UserError(f"labels {labels.tolist()}: must be 0 to {config.num_classes - 1}")
 
 
@@ -638,24 +676,6 @@ RELEASED_NAMES = (  # prefixes of the released files' names -> ours; the first m
     ("diffdecoder.net.", "decoder."),
 )
 
-PUBLISHED = {  # the release's settings: (width, refs, latent_size) -> cfg, s1, s2
-    (768, 1, 16): (1.30, 0.87, 0.91),
-    (768, 4, 16): (1.30, 0.87, 0.91),
-    (1024, 1, 16): (1.30, 0.89, 0.95),
-    (1024, 4, 16): (1.30, 0.925, 0.95),
-    (1024, 1, 32): (1.30, 0.87, 0.87),
-    (1280, 1, 16): (1.23, 0.87, 0.93),
-    (1280, 4, 16): (1.28, 0.87, 0.91),
-}
-
-
-def default_sampling(config):
-    """Settings of `sample` of a new model or a released one."""
-    shape = (config.width, config.refs, config.latent_size)
-    cfg, s1, s2 = PUBLISHED.get(shape, (1.30, 0.87, 0.91))
-    settings = dict(steps=100, cfg=cfg, cfg_below=1.0, null_refs=True, s1=s1, s2=s2)
-    return dict(settings, sampler="euler-maruyama")
-
 
 def load_file(path):
     """Contents of a checkpoint on the CPU, memory-mapped; weights only: no code in it is run."""
@@ -677,15 +697,15 @@ def read_weights(ckpt, *names):
     Prefixes of DDP and torch.compile are taken off. A file of bare weights has no such entry.
     """
     weights = next((ckpt[name] for name in names if ckpt.get(name)), ckpt)
-    weights = {k.removeprefix("module."): v.float() for k, v in weights.items()}
-    return {k.replace("_orig_mod.", ""): v for k, v in weights.items()}
+    strip = lambda name: name.removeprefix("module.").replace("_orig_mod.", "")
+    return {strip(name): v.float() for name, v in weights.items()}
 
 
 def config_from_shapes(state):
     """Config of weights under our names. Heads: those of SIZES, else width / 64."""
 
     def depth(prefix):
-        return 1 + max(int(k.split(".")[2]) for k in state if k.startswith(prefix))
+        return len({name.split(".")[2] for name in state if name.startswith(prefix)})
 
     width = state["ar.null_class"].shape[1]
     num_masks = state["ar.mask_tokens"].shape[1]
@@ -720,7 +740,8 @@ def load_state(path, ema=True):
                 state[ours + name.removeprefix(theirs)] = state.pop(name)
         config = Config(**ckpt["config"]) if "config" in ckpt else config_from_shapes(state)
     if config.refs == 1:  # the released 1-step files hold a projection that 1-step AR never uses
-        state = {k: v for k, v in state.items() if not k.startswith("ar.reference_proj.")}
+        state.pop("ar.reference_proj.weight", None)
+        state.pop("ar.reference_proj.bias", None)
     return config, state, ckpt
 
 
@@ -751,10 +772,6 @@ DEMO_MODEL = DEMO / "mrar.pt"
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-
-
-class UserError(ValueError):
-    """A mistake in the input. The message is one line: the file or flag, and the remedy."""
 
 
 @contextlib.contextmanager

@@ -500,8 +500,8 @@ def test_guidance_may_differ_from_image_to_image():
 
 @pytest.mark.parametrize("wrong,message", [
     (dict(sampler="euler"), "sampler euler: must be euler-maruyama or adams-bashforth"),
-    (dict(sampler="adams-bashforth", s1=0.9), "s1, s2: adams-bashforth has no noise to scale"),
-    (dict(sampler="adams-bashforth", s2=0.9), "s1, s2: adams-bashforth has no noise to scale"),
+    (dict(sampler="adams-bashforth", s1=0.9), "s1, s2: adams-bashforth has neither"),
+    (dict(sampler="adams-bashforth", s2=0.9), "s1, s2: adams-bashforth has neither"),
     (dict(labels=torch.tensor([0, 5])), "labels .0, 5.: must be 0 to 4"),
     (dict(labels=torch.tensor([-1])), "labels .-1.: must be 0 to 4"),
     (dict(refs=5), "refs 5: this model draws chains of 1 to 4 images"),
@@ -517,7 +517,7 @@ def test_s1_is_refused_with_a_sampler_that_the_model_carries():
     model = build(SMALL)
     model.sampling.update(sampler="adams-bashforth", steps=2)
     model.sample(LABEL)
-    with pytest.raises(UserError, match="adams-bashforth has no noise to scale"):
+    with pytest.raises(UserError, match="adams-bashforth has neither"):
         model.sample(LABEL, s1=0.9)
     model.sample(LABEL, s1=0.9, sampler="euler-maruyama")
 
