@@ -12,7 +12,6 @@ import argparse
 import copy
 import dataclasses
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -461,7 +460,8 @@ class Run:
     def announce(self, num_params):
         """Print what will be trained."""
         args = self.args
-        shutil.copy(self.cache.path / "vae.pt", self.out)  # the folder is complete: it can be moved
+        vae = (self.cache.path / "vae.pt").read_bytes()  # the folder is complete: it can be moved
+        atomic_write(self.out / "vae.pt", lambda f: f.write(vae))
         micro_batch = args.batch_size // WORLD // self.accumulate
         print(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {self.device.type}")
         print(f"{len(self.chains.images):,} images of {len(self.cache.classes)} classes")

@@ -566,8 +566,8 @@ def test_references_at_512_px():
 
 @pytest.mark.parametrize("change,message", [
     (dict(refs=3), "refs 3: must be 1, 4, 16 or 64"),
-    (dict(cond_tokens=12), "refs 4: each image has 3 tokens"),
-    (dict(latent_size=7), "the side of the latents has to be a multiple of 2; it is 7"),
+    (dict(cond_tokens=12), "refs 4: cond_tokens 12 / refs has to be a square"),
+    (dict(latent_size=7), "the side of the latents, 7, a multiple of its root 2"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(change, message):
     with pytest.raises(UserError, match=message):
@@ -643,7 +643,7 @@ def test_without_names_class_embeddings_are_kept_if_the_counts_agree(num_classes
 
 def test_a_start_from_weights_of_another_shape_is_refused(tmp_path):
     path = save(build(ONE_STEP), tmp_path / "narrow.pt")
-    with pytest.raises(UserError, match="narrow.pt: weights of another shape: .*width=32"):
+    with pytest.raises(UserError, match="narrow.pt: weights of another shape: .*'width': 32"):
         start(build(dataclasses.replace(ONE_STEP, width=64)), path)
 
 
