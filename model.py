@@ -77,8 +77,8 @@ class Config:
         side = math.isqrt(self.tokens_per_image)
         if self.refs > 1 and (self.refs * side**2 != self.cond_tokens or self.latent_size % side):
             raise UserError(
-                f"refs {self.refs}: cond_tokens {self.cond_tokens} / refs has to be a square, and the "
-                f"side of the latents, {self.latent_size}, a multiple of its root {side}"
+                f"refs {self.refs}: cond_tokens {self.cond_tokens} / refs has to be a square, and "
+                f"the side of the latents, {self.latent_size}, a multiple of its root {side}"
             )
 
     @property

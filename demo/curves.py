@@ -29,9 +29,9 @@ COLORS = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0", "#b07a10", "#555555")
 
 
 def ticks(high):
-    """Up to seven round numbers from 0 to `high`: multiples of 1, 2 or 5 times a power of ten."""
+    """4 to 9 round numbers from 0 to `high`: multiples of 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(high))
-    step = next(s * power for s in (0.2, 0.5, 1, 2) if high <= 6 * s * power)
+    step = next(s * power for s in (0.2, 0.5, 1, 2) if high < 9 * s * power)
     return step * np.arange(high // step + 1)
 
 

@@ -6,8 +6,8 @@
 
 The paper takes LDM's autoencoder as it is; this is no part of it. SRC as for vae.py. Losses are L1
 and KL: LDM's without the perceptual and the GAN terms. `l1` in the progress bar is the mean error
-in units of [-1, 1]: 0.02 is sharp. OUT has weights in float16, `image_size` and the scale
-of the latents; a picture of originals over reconstructions is written beside it.
+in units of [-1, 1]: 0.02 is sharp. OUT has weights in float16, `image_size` and the scale of the
+latents; a picture of originals over reconstructions is written beside it.
 
 OUT.partial holds a checkpoint of every 100 steps. A command that was stopped resumes when repeated.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # model comes before torch: it sets how OpenMP's threads wait.
-from model import UserError, atomic_write, bounded, derive_seed, load_file  # noqa: E402
-from model import make_parser, pick_device, run_main, start_parts  # noqa: E402
+from model import UserError, atomic_write, bounded, derive_seed, load_file, lock  # noqa: E402
+from model import make_parser, pick_device, run_main  # noqa: E402
 from vae import DEMO_DATA, AutoencoderKL, Images, from_uint8, load_vae  # noqa: E402
 from vae import sample_posterior, show_reconstructions  # noqa: E402
 
@@ -60,19 +60,17 @@ def losses(vae, x):
     return l1, kl
 
 
-def train(vae, images, args, last, device):
-    """Train the VAE, from the checkpoint `last` if it is there."""
+def train(vae, images, args, partial, device):
+    """Train the VAE, from the checkpoint in the folder `partial` if there is one."""
+    lock(partial)
     peak_lr = args.lr or (1e-4 if vae.factor == 16 else 4e-3)
     warmup = min(100, args.steps // 10 + 1)
     optimizer = torch.optim.AdamW(
         vae.parameters(), peak_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
-    first = 0
-    if last.exists():
-        state = load_file(last)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    flags = dict(vars(args), images=images.digest, device=None, workers=None)
+    last = partial / "last.pt"
+    first = resume(last, flags, vae, optimizer) if last.exists() else 0
 
     # Shuffled epochs in a row. Images that cannot be read are NaN.
     generator = torch.Generator().manual_seed(args.seed)
@@ -97,7 +95,7 @@ def train(vae, images, args, last, device):
         l1, kl = losses(vae, x)
         if not kl.isfinite():
             bar.close()
-            raise UserError(f"the training diverged; remove {last.parent}, try a smaller --lr")
+            raise UserError(f"the training diverged; remove {partial}, try a smaller --lr")
         (l1 + args.kl_weight * kl).backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
@@ -106,8 +104,20 @@ def train(vae, images, args, last, device):
 
         bar.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0:
-            state = dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            state = dict(flags=flags, step=step + 1)
+            state.update(model=vae.state_dict(), optimizer=optimizer.state_dict())
             atomic_write(last, lambda f: torch.save(state, f))
+
+
+def resume(last, flags, vae, optimizer):
+    """Load an unfinished training of the same flags; returns its next step."""
+    state = load_file(last)
+    if state["flags"] != flags:
+        rest = "of other images or flags; finish it with those, or remove it"
+        raise UserError(f"{last.parent}: unfinished, {rest}")
+    vae.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
 
 
 @torch.inference_mode()
@@ -162,8 +172,7 @@ def main():
     images = Images(args.data, vae.image_size, skip_bad=True)
 
     partial = Path(f"{out}.partial")
-    start_parts(partial, dict(vars(args), images=images.digest, device=None, workers=None))
-    train(vae, images, args, partial / "last.pt", device)
+    train(vae, images, args, partial, device)
     save_vae(vae, images, out, device)
     shutil.rmtree(partial)
 

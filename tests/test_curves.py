@@ -29,8 +29,8 @@ def write_log(folder, losses):
 @pytest.mark.parametrize("high", [1e-9, 0.0304, 1, 1.21, 3, 59, 500, 1600, 999_999])
 def test_ticks_are_a_few_round_numbers_that_fill_the_axis(high):
     values = ticks(high)
-    assert 3 <= len(values) <= 7 and values[0] == 0
-    assert 0.6 * high < values[-1] <= high * (1 + 1e-9)
+    assert 4 <= len(values) <= 9 and values[0] == 0
+    assert 0.7 * high < values[-1] <= high * (1 + 1e-9)
     assert all(len(f"{x:.6e}".split("e")[0].rstrip("0.")) <= 3 for x in values)  # 1.5, not 1.25
 
 

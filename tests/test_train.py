@@ -1,4 +1,4 @@
-"""Stages 1 and 2: the order of the data, recipes, resuming, and the commands as a user types them."""
+"""Stages 1 and 2: order of the data, recipes, resuming, and the commands as a user types them."""
 
 import csv
 import dataclasses
@@ -29,7 +29,7 @@ from train import RECIPES, Chains, learning_rate, make_optimizer, memory_per_cha
 from train import micro_batches_needed, split, update_ema
 from vae import Images, LatentCache, encode_images, load_vae, sample_posterior
 
-# ------------------------------------------------------------------------------- chains of images
+# --------------------------------------------------------------------------------- chains of images
 
 
 def fake_cache(counts, seed=0):
@@ -117,7 +117,7 @@ def test_held_out_images_are_never_trained_on(refs):
     assert np.array_equal(seen, kept)
 
 
-# ------------------------------------------------------------------- recipes and parts of a step
+# ---------------------------------------------------------------------- recipes and parts of a step
 
 
 def test_recipes_are_those_of_appendix_b():
@@ -167,7 +167,14 @@ def test_ema_moves_towards_the_weights_without_a_graph():
 
 @pytest.mark.parametrize(
     "size,refs,gigabytes",
-    [("B", 1, 0.99), ("B", 4, 1.68), ("L", 1, 1.75), ("L", 4, 2.97), ("H", 1, 2.73), ("H", 4, 4.63)],
+    [
+        ("B", 1, 0.99),
+        ("B", 4, 1.68),
+        ("L", 1, 1.75),
+        ("L", 4, 2.97),
+        ("H", 1, 2.73),
+        ("H", 4, 4.63),
+    ],
 )
 def test_activations_per_chain_are_those_counted_by_the_bench(size, refs, gigabytes):
     """The table of tests/README.md."""
@@ -189,7 +196,7 @@ def test_a_batch_is_cut_until_it_fills_at_most_half_of_a_gpu(gigabytes, refs, on
     assert accumulate == 1 or 2 * micro_batch > room
 
 
-# ------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------------------------------- the commands
 
 SHORT = "--data cache --batch-size 8 --log-every 1 --sample-every 0"
 CONSTANT_LR = "--warmup 0 --cooldown 0"
@@ -330,17 +337,15 @@ def first_step(world, accumulate):
     return loss.item(), [p.grad for group in groups for p in group["params"]]
 
 
-@pytest.mark.parametrize("world,accumulate", [(1, 1), (1, 4), (2, 1), (2, 2)])
+@pytest.mark.parametrize("world,accumulate", [(1, 1), (1, 4), (2, 2)])
 def test_a_step_follows_the_mean_gradient_of_its_micro_batches_and_processes(
-    world, accumulate, project, command
+    world, accumulate, project
 ):
     line = f"train.py {SHORT} --steps 1 --accumulate {accumulate} --dtype fp32 --device cpu"
     if world == 1:
         run_in_process(line)
-    elif accumulate == 1:
-        run_on_two_ranks([ROOT / "train.py", *line.split()[1:]], project)
     else:
-        out, _ = command(line, launcher=TORCHRUN)
+        out = run_on_two_ranks(line, project)
         assert "2 x cpu" in out and "8 chains of 1, 2 at once" in out
     loss, gradients = first_step(world, accumulate)
     norm = torch.stack([g.norm() for g in gradients]).norm().item()
@@ -426,8 +431,9 @@ def test_workers_and_micro_batches_are_resumed_bit_for_bit(project, command):
     flags = f"{SHORT} --steps 3 --accumulate 2"
     run_in_process(f"train.py {flags} --out whole")
     patch = SIGNAL_IN_A_STEP.format(call=5, rank=0, number=9)  # half of step 3
-    line = f"{flags} --save-every 1 --out killed --workers 2".split()
-    command([patched(patch), ROOT / "train.py", *line], expect=-9)
+    launcher = (sys.executable, str(patched(patch)))
+    line = f"train.py {flags} --save-every 1 --out killed --workers 2"
+    command(line, expect=-9, launcher=launcher)
     assert load_file("killed/last.pt")["step"] == 2
     run_in_process("train.py --out killed --resume --workers 1")
     assert_same_run("whole/last.pt", "killed/last.pt")
@@ -490,7 +496,11 @@ def test_other_changes_of_a_resumed_run_are_answered_by_one_line_each(project, c
     out = capsys.readouterr().out.splitlines()
     rest = "the rest of the run follows the new value"
     answers = [line for line in out if rest in line]
-    changes = ["data cache there, moved here", "steps 1 there, 2 here", "lr 0.002 there, 0.004 here"]
+    changes = [
+        "data cache there, moved here",
+        "steps 1 there, 2 here",
+        "lr 0.002 there, 0.004 here",
+    ]
     assert sorted(answers) == sorted(f"runs/train: {change}; {rest}" for change in changes)
     assert column("runs/train", "lr") == ["0.002", "0.004"]
     run_in_process("train.py --resume --steps 3")
@@ -547,7 +557,7 @@ def test_chains_of_16_are_resumed_without_naming_their_length(project, capsys, g
     assert "of another run: refs 16 there, 1 here" in last_line(capsys.readouterr().err)
 
 
-# ------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 
@@ -568,8 +578,14 @@ def wait_until(condition, process, seconds=60):
         time.sleep(0.05)
 
 
-def run_on_two_ranks(argv, folder):
-    """Run `python argv` in two processes, in the environment that torchrun sets; faster."""
+def run_on_two_ranks(line, folder, script=None, expect=(0, 0)):
+    """Run a command in two processes, in the environment that torchrun sets; faster.
+
+    script  patches the command
+    """
+    argv = [ROOT / line.split()[0], *line.split()[1:]]
+    if script:
+        argv = [script, *argv]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
@@ -577,19 +593,19 @@ def run_on_two_ranks(argv, folder):
     for rank in ranks:
         rank.join(120)
     errors = "".join((folder / f"err {r}").read_text() for r in ("0", "1"))
-    assert [rank.exitcode for rank in ranks] == [0, 0], errors
+    assert tuple(rank.exitcode for rank in ranks) == expect, errors
     return (folder / "out 0").read_text()
 
 
-def test_a_killed_run_of_two_processes_is_resumed_bit_for_bit(project, command):
+def test_a_killed_run_of_two_processes_is_resumed_bit_for_bit(project):
     """The kill is in the middle of an accumulation. One process can go on, with other draws."""
     flags = f"{SHORT} --steps 4 --save-every 2 --dtype fp32 --device cpu --accumulate 2"
-    run_on_two_ranks([ROOT / "train.py", *flags.split(), "--out", "whole"], project)
+    run_on_two_ranks(f"train.py {flags} --out whole", project)
     script = patched(SIGNAL_IN_A_STEP.format(call=6, rank=1, number=9))
-    command(f"train.py {flags} --out killed", expect=1, launcher=(*TORCHRUN, str(script)))
+    run_on_two_ranks(f"train.py {flags} --out killed", project, script, expect=(1, -9))
     assert load_file("killed/last.pt")["step"] == 2
     shutil.copytree("killed", "alone")
-    run_on_two_ranks([ROOT / "train.py", "--resume", "--out", "killed"], project)
+    run_on_two_ranks("train.py --resume --out killed", project)
     assert_same_run("whole/last.pt", "killed/last.pt")
     run_in_process("train.py --resume --out alone")
     assert column("alone", "step") == ["1", "2", "3", "4"]
@@ -700,7 +716,7 @@ def test_no_mirror_is_remembered_by_resume_and_by_stage_2(project, capsys):
     assert len(read_log("runs/mrar")) == 2
 
 
-# ------------------------------------------------------------------- classes without images, held out
+# ----------------------------------------------------------------- classes without images, held out
 
 
 def test_classes_without_images_are_named_and_never_drawn(project, garments, capsys):
@@ -777,7 +793,7 @@ def test_the_loss_of_held_out_images_is_logged_and_does_not_depend_on_a_stop(pro
     assert column("whole", "loss") == column("stopped", "loss")
 
 
-# ------------------------------------------------------------------------------- starting from a model
+# ---------------------------------------------------------------------------- starting from a model
 
 
 def embeddings(path):
@@ -820,7 +836,9 @@ def test_init_gives_a_class_the_embedding_of_its_name(project, garments, capsys)
     assert torch.equal(rows, old) and lines == []
     rows, lines = start_from("nameless.pt", "more", [])
     assert len(rows) == 4
-    assert lines == ["nameless.pt: class embeddings matched by name; new: bag, garment 1, car, garment 0"]
+    assert lines == [
+        "nameless.pt: class embeddings matched by name; new: bag, garment 1, car, garment 0"
+    ]
 
 
 def test_stage_2_takes_its_size_from_stage_1(project, capsys, monkeypatch):
@@ -855,7 +873,7 @@ def test_only_decoder_trains_the_decoder_at_another_resolution(project, capsys):
     data = "--data images.npz --vae vae.pt --image-size 64 --batch-size 8 --sample-every 0"
     flags = "--steps 2 --lr 1e-3 --warmup 0 --out large --only-decoder"
     run_in_process(f"train.py {data} {flags} --init runs/train")
-    assert "decoder positions interpolated, latents 8 -> 16" in capsys.readouterr().out
+    assert "decoder positions interpolated, 8 -> 16" in capsys.readouterr().out
     after = weights("large/last.pt")
     assert after["decoder.positions"].shape[1] == 256
     kept = {k: v for k, v in before.items() if not k.startswith("decoder.")}
@@ -864,7 +882,7 @@ def test_only_decoder_trains_the_decoder_at_another_resolution(project, capsys):
     assert not torch.equal(after[name], before[name])
 
 
-# ------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize("line,messages", [

@@ -1,4 +1,4 @@
-"""demo/train_vae.py: an autoencoder of one's own images."""
+"""demo/train_vae.py and demo/train_features.py: networks of one's own images."""
 
 import sys
 
@@ -9,6 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "demo"))
+import train_features  # noqa: E402
 import train_vae  # noqa: E402
 from model import load_file  # noqa: E402
 from vae import from_uint8, load_vae, sample_posterior  # noqa: E402
@@ -57,7 +58,7 @@ def test_a_vae_that_was_stopped_and_resumed_equals_one_that_was_not(command, tmp
     assert "Traceback" not in err and "interrupted; the same command continues" in err
     assert not (tmp_path / "stopped.pt").exists()
     err = run("stopped.pt", more="--seed 1", expect=2)
-    assert "stopped.pt.partial: unfinished, of other inputs or settings" in err
+    assert "stopped.pt.partial: unfinished, of other images or flags" in err
     err = run("stopped.pt")
     assert "5/8" in err and "0/8" not in err.replace("5/8", "")
     assert not (tmp_path / "stopped.pt.partial").exists()
@@ -99,7 +100,7 @@ def test_a_trained_vae_says_what_it_is(command, tmp_path, garments):
     vae = load_vae(tmp_path / "own.pt")
     assert f"scale of the latents {vae.scale:.4f}" in out and "mean error" in out
     assert "l1=" in err and Image.open(tmp_path / "own.png").size[0] > 500
-    assert vae.image_size == 32 and load_file(tmp_path / "own.pt")["arch"]["z_channels"] == 8
+    assert vae.image_size == 32 and vae.factor == 4 and vae.z_channels == 8
     images = from_uint8(np.repeat(garments[0][..., None], 3, axis=-1))
     latents = vae.scale * sample_posterior(torch.cat(vae.encode(images), dim=1))
     assert latents.std().item() == pytest.approx(1, rel=0.02)
@@ -121,3 +122,28 @@ def test_bad_input_is_refused_in_one_line(command, tmp_path, noise, flags, messa
     _, err = command(f"{TINY} --out v.pt {flags}", expect=2)
     assert message in err.splitlines()[-1]
     assert not (tmp_path / "v.pt").exists()
+
+
+@pytest.mark.parametrize("flags,expected", [("--no-mirror", {255}), ("", {0, 255})])
+def test_a_classifier_of_no_mirror_images_leaves_out_unreadable_ones(
+    tmp_path, monkeypatch, capsys, flags, expected
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tree" / "left").mkdir(parents=True)
+    left = np.repeat(np.uint8([[255, 0]]), 16, axis=1).repeat(32, axis=0)  # its left half is white
+    for i in range(10):
+        Image.fromarray(left).save(tmp_path / "tree" / "left" / f"{i}.png")
+    (tmp_path / "tree" / "left" / "bad.png").write_bytes(b"not an image")
+    seen = []
+    augment = train_features.augment
+
+    def record(images, mirror):
+        seen.append(augment(images, mirror))
+        return seen[-1]
+
+    monkeypatch.setattr(train_features, "augment", record)
+    line = f"train_features.py --data tree --steps 4 --batch-size 8 --out f.pt {flags}"
+    monkeypatch.setattr(sys, "argv", line.split())
+    train_features.main()
+    assert set(torch.cat(seen)[:, 0, :, :8].flatten().tolist()) == expected
+    assert "of 2 held-out images" in capsys.readouterr().out
