@@ -783,6 +783,8 @@ def user_file(path, kind):
         if isinstance(e, OSError) and e.filename:  # no such file, no permission
             raise
         reason = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, KeyError):
+            reason = f"no {reason}"
         raise UserError(f"{path}: not a readable {kind} ({reason[:200]})") from e
 
 

@@ -11,6 +11,7 @@ chains of images.
 import argparse
 import copy
 import dataclasses
+import functools
 import math
 import time
 from pathlib import Path
@@ -169,6 +170,9 @@ def update_ema(ema, model, decay):
 def train(args):
     """Train a model with the flags `args`, None where they are not given."""
     device = pick_device(args.device)
+    # cuDNN's attention, which torch 2.11 prefers on H100, may round the dropout rate and give NaN
+    # gradients under a mask.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     last, start = open_previous(args)
     resolve_flags(args, last, start, device)
     cache = open_cache(args, start, device)
@@ -409,6 +413,7 @@ def micro_batches_needed(config, args, num_params, memory):
     return accumulate
 
 
+@functools.cache
 def count_flops(config, batch_mul):
     """Floating-point operations of one chain, forward and backward."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:

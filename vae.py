@@ -378,7 +378,7 @@ def read_npz(path, labelled):
     images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise UserError(f"{path}: has {has}; expected images (or arr_0), uint8 [N, H, W, 3]")
-    if images.size == 0 or images.max() <= 1:
+    if images.size == 0 or images.max() == 1:
         raise UserError(f"{path}: its images have no value above 1; expected 0 to 255")
     labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0)))
     if labels.dtype.kind in "iu" and labels.size == len(images) and labels.min() >= 0:

@@ -442,21 +442,21 @@ def test_workers_and_micro_batches_are_resumed_bit_for_bit(project, command):
 def test_a_second_command_in_the_folder_of_a_run_is_refused_while_the_first_runs(project, capsys):
     argv = [ROOT / "train.py", *f"{SHORT} --steps 9999 --save-every 1 --out run".split()]
     first = start(argv, project)
-    wait_until(Path("run/last.pt").exists, first)
-    os.kill(first.pid, signal.SIGSTOP)
-    run_in_process("train.py --out run --resume", expect=2)
-    Path("run/last.pt").rename("last.pt")  # as before the first checkpoint
-    run_in_process(f"train.py {SHORT} --out run", expect=2)
-    lines = capsys.readouterr().err.splitlines()
-    message = "train.py: run: another command is writing to it; give another --out"
-    assert lines.count(message) == 2
-    Path("last.pt").rename("run/last.pt")
-    first.terminate()
-    os.kill(first.pid, signal.SIGCONT)
-    first.join(60)
-    assert first.exitcode == 143
+    try:
+        wait_until(Path("run/last.pt").exists, first)
+        os.kill(first.pid, signal.SIGSTOP)
+        run_in_process("train.py --out run --resume", expect=2)
+        Path("run/last.pt").rename("last.pt")  # as before the first checkpoint
+        run_in_process(f"train.py {SHORT} --out run", expect=2)
+        lines = capsys.readouterr().err.splitlines()
+        message = "train.py: run: another command is writing to it; give another --out"
+        assert lines.count(message) == 2
+        Path("last.pt").rename("run/last.pt")
+    finally:
+        first.kill()
+        first.join()
     step = load_file("run/last.pt")["step"]
-    run_in_process(f"train.py --out run --resume --steps {step + 1}")
+    run_in_process(f"train.py --out run --resume --steps {step + 1}")  # the lock is gone too
     assert load_file("run/last.pt")["step"] == step + 1
 
 

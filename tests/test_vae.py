@@ -416,6 +416,11 @@ def test_other_images_are_refused_by_what_the_file_has_and_what_is_expected(
     assert "expected images (or arr_0), uint8 [N, H, W, 3]" in str(e.value) or kind == "0 and 1"
 
 
+def test_black_images_are_images(tmp_path):
+    np.savez(tmp_path / "s.npz", images=0 * PIXELS, labels=LABELS)
+    assert Images(tmp_path / "s.npz", 8)[5].max() == 0
+
+
 def test_an_npz_without_images_is_refused(tmp_path):
     np.savez(tmp_path / "s.npz", images=PIXELS[:0], labels=LABELS[:0])
     with pytest.raises(UserError, match="s.npz: "):
@@ -481,7 +486,7 @@ def test_files_of_other_weights_are_not_a_vae(tmp_path):
         assert f"{tmp_path}/f.pt: not a readable VAE, it has {message}" in str(e.value)
         assert len(str(e.value)) < 600 and "\n" not in str(e.value)
 
-    missing = "('encoder.conv_in.weight')"
+    missing = "(no 'encoder.conv_in.weight')"
     check(f"model {missing}", dict(model={"ar.positions": torch.zeros(1)}))
     others = {f"layer{i}.0.conv.weight": torch.zeros(1) for i in range(99)}
     check(f"arch, state_dict {missing}", dict(arch="resnet50", state_dict=others))
