@@ -381,7 +381,8 @@ def read_npz(path, labelled):
     if images.size == 0 or images.max() == 1:
         raise UserError(f"{path}: its images have no value above 1; expected 0 to 255")
     labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0)))
-    if labels.dtype.kind in "iu" and labels.size == len(images) and labels.min() >= 0:
+    one_each = labels.dtype.kind in "iu" and labels.size == len(images)
+    if one_each and 0 <= labels.min() <= labels.max() < 2**20:  # more are ids, not classes
         labels = labels.reshape(-1).astype(np.int64)
         classes = arrays.get("classes", np.arange(labels.max() + 1)).reshape(-1)
         if labels.max() < len(classes):

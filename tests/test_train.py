@@ -440,14 +440,14 @@ def test_workers_and_micro_batches_are_resumed_bit_for_bit(project, command):
 
 
 def test_a_second_command_in_the_folder_of_a_run_is_refused_while_the_first_runs(project, capsys):
-    argv = [ROOT / "train.py", *f"{SHORT} --steps 9999 --save-every 1 --out run".split()]
+    argv = [ROOT / "train.py", *f"{SHORT} --steps 99 --save-every 1 --out run".split()]
     first = start(argv, project)
     try:
         wait_until(Path("run/last.pt").exists, first)
         os.kill(first.pid, signal.SIGSTOP)
         run_in_process("train.py --out run --resume", expect=2)
         Path("run/last.pt").rename("last.pt")  # as before the first checkpoint
-        run_in_process(f"train.py {SHORT} --out run", expect=2)
+        run_in_process(f"train.py {SHORT} --steps 1 --out run", expect=2)
         lines = capsys.readouterr().err.splitlines()
         message = "train.py: run: another command is writing to it; give another --out"
         assert lines.count(message) == 2

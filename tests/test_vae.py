@@ -183,19 +183,23 @@ def test_pixels_are_read_whatever_the_exif_block_holds(tmp_path, kind):
         assert mean_error(read_image(tmp_path / name), gradient(24, 32)) < 9
 
 
+PILLOW_STOPS = pytest.mark.xfail(strict=True, reason="Pillow reads no entry after this one")
+
+
 @pytest.mark.parametrize("kind", ODD_ENTRIES)
-@pytest.mark.parametrize("odd_first", [False, True])
-def test_an_odd_entry_beside_a_sound_orientation_does_not_keep_it_from_being_applied(
-    tmp_path, kind, odd_first
-):
-    if odd_first and kind == "a fraction outside":
-        pytest.xfail("Pillow reads no entry after this one")
-    entries = [TURNED, ODD_ENTRIES[kind]]
-    if odd_first:
-        entries.reverse()
-    save_with_exif(tmp_path / "a.jpg", exif_block(*entries, tail=bytes(8)))
-    upright = np.rot90(gradient(24, 32), -1)
-    assert mean_error(read_image(tmp_path / "a.jpg"), upright) < 3
+def test_an_odd_entry_after_the_orientation_does_not_keep_it_from_being_applied(tmp_path, kind):
+    block = exif_block(TURNED, ODD_ENTRIES[kind], tail=bytes(8))
+    save_with_exif(tmp_path / "a.jpg", block)
+    assert mean_error(read_image(tmp_path / "a.jpg"), np.rot90(gradient(24, 32), -1)) < 3
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("a fraction outside", marks=PILLOW_STOPS), *list(ODD_ENTRIES)[1:]]
+)
+def test_an_odd_entry_before_the_orientation_does_not_keep_it_from_being_applied(tmp_path, kind):
+    block = exif_block(ODD_ENTRIES[kind], TURNED, tail=bytes(8))
+    save_with_exif(tmp_path / "a.jpg", block)
+    assert mean_error(read_image(tmp_path / "a.jpg"), np.rot90(gradient(24, 32), -1)) < 3
 
 
 def test_long_texts_and_colour_profiles_of_png_are_read(tmp_path):
@@ -350,6 +354,8 @@ LABELS_OF_NO_USE = {
     "another length": LABELS[:-1],
     "negative": LABELS - 1,
     "text": np.array(list("abcabc")),
+    "identifiers": LABELS + 10**11,
+    "beyond 64 bits with sign": LABELS.astype(np.uint64) + np.uint64(2**63),
 }
 
 
