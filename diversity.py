@@ -42,10 +42,8 @@ def mean_abs_offdiagonal(S):
 @torch.no_grad()
 def chain_features(model, labels, seed):
     """Features of the whole chain for labels [B] -> [B, cond_tokens, width]; draws references."""
-    references = None
-    if model.config.refs > 1:
-        noise_sampler = per_image_noise(seed, labels.tolist())
-        references = model.sample(labels, model.config.refs - 1, noise_sampler=noise_sampler)
+    noise_sampler = per_image_noise(seed, labels.tolist())
+    references = model.sample(labels, model.config.refs - 1, noise_sampler=noise_sampler)
     return model.ar(labels, references)
 
 

@@ -88,16 +88,15 @@ def precision_recall(samples, reference, k=3, device="cpu"):
     a = (samples.double() - center).to(device)
     b = (reference.double() - center).to(device)
     slack = 1e-6 * torch.cat([a, b]).norm(dim=1).max()  # copies lie in each other's balls
-    rows = max(1, 2**24 // max(len(a), len(b)))
 
     def part_inside(x, points):
         """The part of x in the manifold of the points."""
         radii = []
-        for block in tqdm(points.split(rows), desc="precision and recall"):
+        for block in tqdm(points.split(256), desc="precision and recall"):
             nearest = torch.cdist(block, points).topk(k + 1, largest=False).values
             radii.append(nearest[:, k])  # nearest[:, 0] is the point itself
         radii = torch.cat(radii) + slack
-        inside = [(torch.cdist(block, points) <= radii).any(1) for block in x.split(rows)]
+        inside = [(torch.cdist(block, points) <= radii).any(1) for block in x.split(256)]
         return torch.cat(inside).double().mean().item()
 
     return part_inside(a, b), part_inside(b, a)
@@ -137,29 +136,25 @@ def extract(net, images, args, device):
     return features, torch.cat(probs)
 
 
-def open_reference(path, network, width, shape):
-    """(Images, (mu, sigma)) of --ref, None for what it does not have.
+def open_reference(path, made_with, width, shape):
+    """(Images, [mu, sigma]) of --ref, None for what it does not have.
 
     ADM's reference batches have both: the statistics are of more images than the batch.
     """
     stats = None
-    arrays = {}
     if path.endswith(".npz"):
         with user_file(path, ".npz of images or statistics"), np.load(path) as data:
-            names = set(data.files)
-            arrays = {k: data[k] for k in names & {"mu", "sigma", "network", "image_size"}}
-    if "mu" in arrays and "sigma" in arrays:
-        # ADM's files name neither network nor size.
-        size = tuple(map(int, arrays.get("image_size", shape)))
-        if str(arrays.get("network", network)) != network or size != shape:
-            raise UserError(
-                f"--ref {path}: statistics of another network, or of {size} px instead of {shape}; "
-                "make them again: --save-stats, with this --net and --image-size"
-            )
-        stats = [torch.from_numpy(arrays[k]).double() for k in ("mu", "sigma")]
+            has_images = "arr_0" in data or "images" in data
+            theirs = str(data.get("network", made_with))  # ADM's files do not say
+            if "mu" in data and "sigma" in data:
+                stats = [torch.from_numpy(data[k]).double() for k in ("mu", "sigma")]
+    if stats:
+        if theirs != made_with:
+            remedy = "make them again: --save-stats, with this --net and --image-size"
+            raise UserError(f"--ref {path}: statistics of {theirs}, not of {made_with}; {remedy}")
         if stats[1].shape != (width, width) or not sum(stats).isfinite().all():
             raise UserError(f"--ref {path}: mu or sigma is not finite, or not of {width} features")
-        if not names & {"arr_0", "images"}:
+        if not has_images:
             return None, stats
     reference = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
     if reference.shape != shape:
@@ -178,9 +173,7 @@ def parse():
     add("--save-stats", metavar="F.npz", help="write mean and covariance of the samples' features")
     add("--image-size", type=bounded(int, 1), help="crop all images to N x N pixels")
     add("--batch-size", type=bounded(int, 1), default=64, help="images at once (default: 64)")
-    add(
-        "--workers", type=bounded(int, 0), default=0, help="processes that read images (default: 0)"
-    )
+    add("--workers", type=bounded(int, 0), default=0, help="processes to read images (default: 0)")
     args = parser.parse_args()
     if not args.ref and not args.save_stats:
         raise UserError("--ref: give a reference (or --save-stats F.npz)")
@@ -192,15 +185,14 @@ def parse():
 def main():
     args = parse()
     device = pick_device(args.device)
-    path = args.net or fetch(
-        INCEPTION, Path(torch.hub.get_dir(), "transdiff", Path(INCEPTION).name)
-    )
+    samples = Images(args.samples, args.image_size, labelled=False)
+    path = args.net or fetch(INCEPTION, "inception-2015-12-05.pt")
     net, width = load_net(path, device)
     network = sha256_prefix(Path(path).read_bytes())
-    samples = Images(args.samples, args.image_size, labelled=False)
-    stats = reference = None
+    made_with = f"network {network} and images of {samples.shape} px"
+    reference = stats = None
     if args.ref:
-        reference, stats = open_reference(args.ref, network, width, samples.shape)
+        reference, stats = open_reference(args.ref, made_with, width, samples.shape)
     for images in (samples, reference):
         if images and len(images) < 10:
             raise UserError(f"{images.path}: has {len(images)} images; 10 or more are needed")
@@ -219,12 +211,12 @@ def main():
     known = getattr(net, "classes", [])  # of demo/train_features.py
     labels = [samples.classes[k] for k in samples.labels]
     if set(labels) <= set(known):  # matched by name
-        guesses = [known[k] for k in p.argmax(1)]
-        result["accuracy"] = np.mean(np.array(guesses) == np.array(labels))
-    report(args, samples, known, result)
+        right = [known[k] == label for k, label in zip(p.argmax(1), labels)]
+        result["accuracy"] = np.mean(right)
 
+    report(args, samples, known, result)
     if args.save_stats:
-        stats = dict(mu=mu, sigma=sigma, network=network, image_size=samples.shape)
+        stats = dict(mu=mu, sigma=sigma, network=made_with)
         atomic_write(args.save_stats, lambda f: np.savez(f, **stats))
         print(f"wrote the statistics of {args.samples} to {args.save_stats}")
     if args.json:

@@ -455,7 +455,7 @@ class TransDiff(nn.Module):
         super().__init__()
         self.config = config
         self.sampling = default_sampling(config)
-        self.info = {}
+        self.info = {"classes": [str(k) for k in range(config.num_classes)], "empty": []}
         self.ar = ARTransformer(config)
         self.cond_positions = nn.Parameter(torch.empty(1, config.cond_tokens, config.width))
         self.decoder = DiT(config)
@@ -591,7 +591,7 @@ class TransDiff(nn.Module):
         Fed back is the latent of the image (Eq. 11), as in the release; Algorithm 2 says c_k.
 
         labels      int64 [B] in [0, num_classes)
-        refs        length of the chain, at most config.refs (default: config.refs)
+        refs        length of the chain, 0 to config.refs (default: config.refs)
         noise       [B, C, H, W], standard normal: every image of a chain starts from it, as in the
                     release (default: drawn by the noise_sampler)
         references  latents [B, k, C, H, W], k < refs: the first images of the chains
@@ -640,12 +640,12 @@ class TransDiff(nn.Module):
     def check_sample(self, labels, refs, cfgs, references):
         config = self.config
         given = 0 if references is None else references.shape[1]
-        if not given < refs <= config.refs:
+        if not given <= refs <= config.refs:
             raise UserError(
                 f"refs {refs}: this model draws chains of 1 to {config.refs} images; "
                 "finetune_mrar.py trains one for longer chains"
             )
-        if len(cfgs) != refs:
+        if len(cfgs) < refs:
             raise UserError(f"cfg {cfgs}: give one number, or one for each of {refs} images")
         if labels.is_meta:  # has no values
             return
@@ -759,7 +759,8 @@ def load_checkpoint(path, device="cpu", ema=True):
         model = TransDiff(config)
     with user_file(path, "TransDiff model"):
         model.load_state_dict(state, assign=True)
-    model.info = {k: v for k, v in ckpt.items() if k in ("step", "classes", "vae_digest", "empty")}
+    info = ("step", "classes", "vae_digest", "empty")
+    model.info.update({k: v for k, v in ckpt.items() if k in info})
     model.sampling.update(ckpt.get("sampling", {}))
     return model.to(device).eval().requires_grad_(False)
 
@@ -861,7 +862,7 @@ def wait_for(paths):
 def start_parts(folder, settings):
     """Open a result that is made in parts; an unfinished one of other settings is refused."""
     path = folder / "settings.json"
-    text = json.dumps(settings)
+    text = json.dumps(settings, default=str)
     if RANK == 0:
         lock(folder)
         if not list(folder.glob("*.npy")):  # new, or a command that failed before its first part
@@ -885,8 +886,9 @@ def missing_parts(paths):
     return [i for i in range(RANK, len(paths), WORLD) if not paths[i].exists()]
 
 
-def fetch(url, path):
-    """Download `url` to `path`, unless it is there; rank 0 of each machine does."""
+def fetch(url, name):
+    """Path of a download in torch's hub folder, made unless it is there; rank 0 of each machine."""
+    path = Path(torch.hub.get_dir(), "transdiff", name)
     if LOCAL_RANK > 0:
         wait_for([path])
     if not path.exists():
@@ -904,7 +906,13 @@ def fetch_released(name):
     """Path of a file of the authors' repository, in torch's hub folder. HF_ENDPOINT: a mirror."""
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     url = f"{host}/zhendch/Transdiff/resolve/main/{name}/checkpoint-last.pth"
-    return fetch(url, Path(torch.hub.get_dir()) / "transdiff" / f"{name}.pth")
+    return fetch(url, f"{name}.pth")
+
+
+def say(line):
+    """Print a line, of one process alone."""
+    if RANK == 0:
+        print(line)
 
 
 def shorten(names, n=20):
@@ -921,18 +929,18 @@ def class_index(flag, word, model):
     def fold(text):
         return int(text) if text.isdecimal() else unicodedata.normalize("NFC", text).casefold()
 
-    indices = list(range(model.config.num_classes))
-    names = model.info.get("classes", indices)
-    keys = [fold(str(name)) for name in names]
+    names = model.info["classes"]
+    empty = model.info["empty"]
+    keys = [fold(name) for name in names]
     index = None
     if word in names:
         index = names.index(word)
     elif fold(word) in keys:
         index = keys.index(fold(word))
-    elif fold(word) in indices and not all(isinstance(key, int) for key in keys):
+    elif fold(word) in range(len(names)) and not all(isinstance(key, int) for key in keys):
         index = int(word)
-    if index is None or index in model.info.get("empty", []):
-        trained = [names[k] for k in indices if k not in model.info.get("empty", [])]
+    if index is None or index in empty:
+        trained = [name for k, name in enumerate(names) if k not in empty]
         raise UserError(f"{flag} {word}: this model was trained on the classes {shorten(trained)}")
     return index
 
@@ -971,24 +979,23 @@ def pick_device(name=None):
 
 
 def pick_dtype(name, device):
-    """torch.dtype of --dtype; default: bf16, or fp32 on hardware that would emulate bf16."""
+    """--dtype; default: bf16, or fp32 on hardware that would emulate bf16."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported()
-    name = name or ("bf16" if native else "fp32")
-    return torch.bfloat16 if name == "bf16" else torch.float32
+    return name or ("bf16" if native else "fp32")
 
 
 def autocast(device, dtype):
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bf16")
 
 
 def cast_weights(module, dtype):
     """Convert once the weights that autocast would convert at every call; the results are equal."""
     for m in module.modules():
-        if isinstance(m, nn.Linear):
-            m.to(dtype)
+        if isinstance(m, nn.Linear) and dtype == "bf16":
+            m.bfloat16()
     return module
 
 

@@ -24,8 +24,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-SETTINGS = "steps cfg cfg_below null_refs s1 s2 sampler".split()
-
 
 def parse():
     parser = make_parser(__doc__)
@@ -36,26 +34,15 @@ def parse():
         nargs="+",
         dest="classes",
         metavar="CLASS",
-        help="indices or names; a class "
-        "named twice is drawn twice as often (default: ten; with --num, all)",
+        help="indices or names; a class named twice is drawn twice as often (default: ten; with "
+        "--num, all)",
     )
     add("--n", type=count, default=8, help="images of each class (default: 8)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--num", type=count, help="images in all, the classes in turn, to an .npz")
     mode.add_argument("--show-chain", action="store_true", help="draw every image, a chain per row")
-    mode.add_argument(
-        "--fuse",
-        nargs=2,
-        metavar=("A", "B"),
-        help="columns A, B, and A's first half " "of features with B's second",
-    )
-    mode.add_argument(
-        "--features",
-        nargs="+",
-        type=count,
-        metavar="K",
-        help="columns decoded from " "the first K features",
-    )
+    mode.add_argument("--fuse", nargs=2, help="columns A, B, and half of the features of each")
+    mode.add_argument("--features", nargs="+", type=count, help="columns of the first K features")
     add("--refs", type=count, help="images in the chain, the last is the result (default: all)")
     group = parser.add_argument_group("sampling (default: the settings that the model carries)")
     setting = group.add_argument
@@ -64,33 +51,23 @@ def parse():
         "--cfg",
         nargs="+",
         type=bounded(float, 0),
-        help="guidance scale, one or one per image; 1 is none, "
-        "0 with --cfg-below 1 draws without a class",
+        help="guidance scale, one or one per image; 1 is none, 0 with --cfg-below 1 draws without "
+        "a class",
     )
-    setting(
-        "--cfg-below", type=bounded(float, 0, 1), help="guide where t, 1 = noise, is at most this"
-    )
+    setting("--cfg-below", type=bounded(float, 0, 1), help="guide at t (1: noise) up to this")
     setting(
         "--null-refs",
         action=argparse.BooleanOptionalAction,
-        help="the null class sees the " "references too",
+        help="the null class sees the references too",
     )
     setting("--s1", type=bounded(float, 0), help="scale of the drift, Eq. 18")
     setting("--s2", type=bounded(float, 0), help="scale of the noise, Eq. 18")
-    setting(
-        "--sampler",
-        choices=["euler-maruyama", "adams-bashforth"],
-        help="the paper's, or one " "without noise",
-    )
+    samplers = ["euler-maruyama", "adams-bashforth"]
+    setting("--sampler", choices=samplers, help="the paper's, or one without noise")
     add("--seed", type=bounded(int, 0), default=0, help="image i depends on it and i (default: 0)")
     add("--batch-size", type=count, default=64, help="images drawn at once (default: 64)")
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--ckpt",
-        default=DEMO_MODEL,
-        help="model: a run's folder, ema.pt, last.pt "
-        "or a released file (default: the bundled model)",
-    )
+    weights.add_argument("--ckpt", default=DEMO_MODEL, help="run, or file (default: the bundled)")
     released = "B L H B-mrar L-mrar H-mrar L-512".split()
     weights.add_argument("--pretrained", choices=released, help="the authors' weights and VAE")
     add("--vae", help="VAE of the model (default: vae.pt beside it, else the bundled one)")
@@ -118,173 +95,150 @@ def check_output(args):
         raise UserError("--fuse names the classes; leave out --class")
 
 
-def load(args, device, dtype):
+def load(args, device):
     """(model, vae), as --pretrained or --ckpt and --vae name them."""
     if args.pretrained:
         path = fetch_released(f"transdiff_{args.pretrained.lower().replace('-', '_')}")
-        vae_path = args.vae or "kl16"
+        vae_path = "kl16"
     else:
         path = checkpoint_path(args.ckpt)
         beside = path.parent / "vae.pt"
-        vae_path = args.vae or (beside if beside.exists() else DEMO_VAE)
+        vae_path = beside if beside.exists() else DEMO_VAE
     model = load_checkpoint(path, device)
-    model.info["file"] = (path.stat().st_size, path.stat().st_mtime_ns)
+    model.info["written"] = path.stat().st_mtime_ns
     args.refs = args.refs or model.config.refs
-    given = {name: getattr(args, name) for name in SETTINGS}
+    given = {name: getattr(args, name) for name in model.sampling}
     if args.cfg and len(args.cfg) == 1:
         given["cfg"] = args.cfg[0]
     elif args.cfg and len(args.cfg) != args.refs:
         raise UserError(f"--cfg: give one number, or one for each of {args.refs} images")
     model.sampling = model.merge_settings(given)
-    return cast_weights(model, dtype), load_vae(vae_path, device, model)
+    return cast_weights(model, args.dtype), load_vae(args.vae or vae_path, device, model)
 
 
 def choose_classes(args, model):
     """Indices of the classes to draw, and of --fuse both classes."""
-    flag, words = ("--fuse", args.fuse) if args.fuse else ("--class", args.classes)
+    flag = "--fuse" if args.fuse else "--class"
+    words = args.fuse or args.classes
     if words:
         return [class_index(flag, word, model) for word in words]
-    empty = model.info.get("empty", [])
-    classes = [k for k in range(model.config.num_classes) if k not in empty]
+    classes = [k for k in range(model.config.num_classes) if k not in model.info["empty"]]
     return classes if args.num else classes[:10]
 
 
-def draw(model, vae, labels, first, args, on_step):
-    """Draw the chains of `labels`, images `first` ... of the seed -> uint8 [B, refs, H, W, 3]."""
+def draw(model, vae, labels, first, args, on_step=None):
+    """Draw the chains of `labels`, images `first` ... of the seed.
+
+    Returns the last images, uint8 [B, H, W, 3]; with --show-chain all, [B, refs, H, W, 3].
+    """
     noise_sampler = per_image_noise(args.seed, range(first, first + len(labels)))
     chain = model.sample(labels, args.refs, noise_sampler=noise_sampler, on_step=on_step)
-    chain = chain if args.show_chain else chain[:, -1:]
-    images = latents_to_images(vae, chain.flatten(0, 1))
-    return images.reshape(*chain.shape[:2], *images.shape[1:])
+    return latents_to_images(vae, chain if args.show_chain else chain[:, -1])
 
 
-def write_npz(model, vae, labels, names, args):
+def write_npz(model, vae, labels, args):
     """Draw the last image of each chain into args.out, in ADM's format: arr_0 uint8 [N, H, W, 3],
     arr_1 int64 [N], and the names of the classes.
 
     Each process draws every WORLD-th batch; an unfinished set is resumed, by any number of them.
     """
-    size = args.batch_size
     partial = Path(f"{args.out}.partial")
-    batches = labels.split(size)
-    if RANK >= len(batches):  # nothing to do
-        return
-    settings = dict(
-        model.sampling,
-        refs=args.refs,
-        seed=args.seed,
-        batch_size=size,
-        dtype=args.dtype,
-        labels=labels.tolist(),
-        vae=vae.digest,
-        model=model.info["file"],
-    )
-    start_parts(partial, settings)
+    batches = labels.split(args.batch_size)
     paths = part_paths(partial, len(batches))
     mine = missing_parts(paths)
-    total = len(mine) * args.refs * model.sampling["steps"]
-    bar = tqdm(total=total, unit="step", disable=RANK > 0)
-    for i in mine:
-        images = draw(model, vae, batches[i], i * size, args, bar.update)
-        atomic_write(paths[i], lambda f: np.save(f, images[:, -1]))
+    if RANK > 0 and (not mine or args.out.exists()):  # nothing to do, or rank 0 has finished
+        return
+    start_parts(partial, dict(vars(args), written=model.info["written"], vae_digest=vae.digest))
+    for i in tqdm(mine, unit="batch", disable=RANK > 0):
+        images = draw(model, vae, batches[i], i * args.batch_size, args)
+        atomic_write(paths[i], lambda f: np.save(f, images))
     if RANK == 0:
         wait_for(paths)
         images = np.concatenate([np.load(path) for path in paths])
-        arrays = dict(arr_0=images, arr_1=labels.cpu().numpy(), classes=np.array(names))
+        names = np.array(model.info["classes"])
+        arrays = dict(arr_0=images, arr_1=labels.cpu().numpy(), classes=names)
         atomic_write(args.out, lambda f: np.savez(f, **arrays))
         shutil.rmtree(partial)
 
 
-def features(model, labels, args, on_step):
-    """Draw chains and return c of their last images, [N, refs tokens_per_image, width]."""
-    chain = None
-    if args.refs > 1:
-        noise_sampler = per_image_noise(args.seed, range(len(labels)))
-        chain = model.sample(labels, args.refs - 1, noise_sampler=noise_sampler, on_step=on_step)
+def encode_last(model, labels, args, on_step):
+    """Draw the references of the last images; return its c, [N, refs tokens_per_image, width]."""
+    noise_sampler = per_image_noise(args.seed, range(len(labels)))
+    chain = model.sample(labels, args.refs - 1, noise_sampler=noise_sampler, on_step=on_step)
     return model.encode(labels, chain)
 
 
-def decode_parts(model, vae, parts, args, on_step):
-    """Decode each condition of the list `parts` with the same noise (Figures 1 and 5).
+def decode_last(model, vae, c, args, on_step):
+    """Decode conditions c [N, K, width], any K, always from the same noise (Figures 1 and 5).
 
     Guidance is that of the last image, against the null class without references.
-    Returns uint8 images [N, len(parts), H, W, 3].
+    Returns uint8 images [N, H, W, 3].
     """
-    N = len(parts[0])
-    device = parts[0].device
-    settings = {k: v for k, v in model.sampling.items() if k != "null_refs"}
-    if isinstance(settings["cfg"], list):
-        settings["cfg"] = settings["cfg"][-1]
-    null = torch.full((N,), model.config.num_classes, device=device)
-    c_null = None if settings["cfg"] == 1 else model.encode(null)
-    images = []
-    for c in parts:
-        noise_sampler = per_image_noise(args.seed, range(N))
-        noise = noise_sampler(torch.empty(N, *model.config.latent_shape, device=device))
-        settings.update(noise_sampler=noise_sampler, on_step=on_step)
-        images.append(latents_to_images(vae, model.decode(c, noise, c_null, **settings)))
-    return np.stack(images, axis=1)
+    settings = dict(model.sampling, on_step=on_step)
+    del settings["null_refs"]
+    settings["cfg"] = np.ravel(settings["cfg"])[-1].item()
+    null = torch.full((len(c),), model.config.num_classes, device=c.device)
+    noise_sampler = per_image_noise(args.seed, range(len(c)))
+    noise = noise_sampler(torch.empty(len(c), *model.config.latent_shape, device=c.device))
+    c_null = model.encode(null)
+    latents = model.decode(c, noise, c_null, noise_sampler=noise_sampler, **settings)
+    return latents_to_images(vae, latents)
+
+
+def conditions(model, labels, names, args, on_step):
+    """{name of a column: c} of --features (Figure 1) or --fuse (Figure 5)."""
+    if args.features:
+        c = encode_last(model, labels, args, on_step)
+        if max(args.features) > c.shape[1]:
+            raise UserError(f"--features: the last image is decoded from {c.shape[1]}, not more")
+        return {f"first {k}": c[:, :k] for k in args.features}
+    a, b = (encode_last(model, y, args, on_step) for y in labels.chunk(2))
+    half = a.shape[1] // 2
+    fused = torch.cat([a[:, :half], b[:, half:]], dim=1)
+    return {names[0]: a, names[1]: b, "fused": fused}
 
 
 def draw_picture(model, vae, labels, names, args):
     """Draw the images and write them as one PNG with the names of its rows and columns."""
-    tokens = model.config.tokens_per_image * args.refs
-    bar = tqdm(unit="step")
+    on_step = tqdm(unit="step").update
     rows = np.repeat(names, args.n)
-    if args.fuse:
-        a, b = (features(model, y, args, bar.update) for y in labels.chunk(2))
-        fused = torch.cat([a[:, : tokens // 2], b[:, tokens // 2 :]], dim=1)
-        images = decode_parts(model, vae, [a, b, fused], args, bar.update)
-        rows = []
-        heads = [*names, "fused"]
-    elif args.features:
-        if max(args.features) > tokens:
-            raise UserError(f"--features: the last image is decoded from {tokens}; give up to that")
-        c = features(model, labels, args, bar.update)
-        parts = [c[:, :k] for k in args.features]
-        images = decode_parts(model, vae, parts, args, bar.update)
-        heads = [f"first {k}" for k in args.features]
-    else:
-        size = args.batch_size
-        batches = enumerate(labels.split(size))
-        images = [draw(model, vae, y, i * size, args, bar.update) for i, y in batches]
-        images = np.concatenate(images)
-        heads = [f"image {k}" for k in range(args.refs)]
-    columns = images.shape[1]
-    if columns == 1:  # the images of a class in a row, instead of those of a chain
-        columns = args.n
-        rows = names
-        heads = []
-    save_grid(images.reshape(-1, *images.shape[2:]), args.out, columns, rows, heads)
+    if args.fuse or args.features:
+        columns = conditions(model, labels, names, args, on_step)
+        images = [decode_last(model, vae, c, args, on_step) for c in columns.values()]
+        save_grid(np.stack(images, axis=1), args.out, [] if args.fuse else rows, columns)
+        return
+    size = args.batch_size
+    batches = enumerate(labels.split(size))
+    images = np.concatenate([draw(model, vae, y, i * size, args, on_step) for i, y in batches])
+    if args.show_chain:
+        save_grid(images, args.out, rows, [f"image {k}" for k in range(args.refs)])
+    else:  # the images of a class in a row
+        save_grid(images.reshape(-1, args.n, *images.shape[1:]), args.out, names)
 
 
 def main():
     args = parse()
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    args.dtype = str(dtype)
-    model, vae = load(args, device, dtype)
+    args.dtype = pick_dtype(args.dtype, device)
+    model, vae = load(args, device)
     classes = choose_classes(args, model)
-    names = model.info.get("classes") or [str(k) for k in range(model.config.num_classes)]
-    chosen = [names[k] for k in classes]
+    names = [model.info["classes"][k] for k in classes]
     labels = torch.tensor(classes, device=device)
     if args.num:
-        if args.num % len(classes):
-            raise UserError(f"--num {args.num}: must be a multiple of the {len(classes)} classes")
-        labels = labels.repeat(args.num // len(classes))
+        labels = labels[torch.arange(args.num) % len(labels)]
     else:
         labels = labels.repeat_interleave(args.n)
     if args.compile:
         model.decoder = torch.compile(model.decoder)
         vae.decoder = torch.compile(vae.decoder)
-    with torch.inference_mode(), autocast(device, dtype):
+    with torch.inference_mode(), autocast(device, args.dtype):
         if args.out.suffix == ".npz":
-            write_npz(model, vae, labels, names, args)
+            write_npz(model, vae, labels, args)
         else:
-            draw_picture(model, vae, labels, chosen, args)
+            draw_picture(model, vae, labels, names, args)
     if RANK == 0:
-        settings = ", ".join(f"{k} {v}" for k, v in {"refs": args.refs, **model.sampling}.items())
-        tqdm.write(f"wrote {args.out} ({shorten(chosen)}; {settings})")
+        settings = ", ".join(f"{k} {v}" for k, v in model.sampling.items())
+        tqdm.write(f"wrote {args.out} ({shorten(names)}; refs {args.refs}, {settings})")
 
 
 if __name__ == "__main__":

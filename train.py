@@ -19,7 +19,8 @@ from pathlib import Path
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import RANK, SIZES, WORLD, TransDiff, UserError, atomic_write, autocast, bounded
 from model import checkpoint_path, derive_seed, load_file, load_state, lock, make_parser
-from model import per_image_noise, pick_device, pick_dtype, run_main, sha256_prefix, shorten
+from model import per_image_noise, pick_device, pick_dtype, run_main, say, sha256_prefix, shorten
+from model import user_file
 from vae import DEMO_DATA, LatentCache, encode_images, latents_to_images, load_vae, open_images
 from vae import sample_posterior, save_grid
 
@@ -35,16 +36,15 @@ from tqdm import tqdm
 # Defaults of the flags of these names. Epochs, lr, batch size: Appendix B; the rest, and 512 px:
 # the release. warmup is a fraction of the run: 1/8 of 800 epochs is the release's 100.
 PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
-DEMO_RUN = dict(warmup=1 / 16, cooldown=1 / 2, batch_mul=1, ema=0.998)
-DEMO_RUN.update(sample_every=500, save_every=100)
+DEMO_RUN = dict(warmup=1 / 16, cooldown=1 / 2, ema=0.998, sample_every=500, save_every=100)
 RECIPES = {
     "1-step": dict(PAPER, epochs=800, lr=8e-4, warmup=1 / 8, batch_mul=4),
     # The release trains this with bf16 weights, which take up few of the small updates: another
     # lr may suit float32.
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, batch_mul=2),
     "512 px": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, batch_mul=4, ema=0.999),
-    "XS 1-step": dict(DEMO_RUN, steps=1600, lr=2e-3, batch_size=64),
-    "XS MRAR": dict(DEMO_RUN, steps=500, lr=1e-3, batch_size=16),
+    "XS 1-step": dict(DEMO_RUN, steps=1600, lr=2e-3, batch_mul=1, batch_size=64),
+    "XS MRAR": dict(DEMO_RUN, steps=500, lr=1e-3, batch_mul=1, batch_size=16),
 }
 XS_SAMPLING = dict(sampler="adams-bashforth", steps=8, cfg=2.25, null_refs=False, s1=1.0, s2=1.0)
 WEIGHT_DECAY = 0.02  # Appendix B
@@ -81,6 +81,7 @@ class Chains(Dataset):
     def __post_init__(self):
         labels = self.cache.labels[self.images]
         self.counts = np.bincount(labels, minlength=len(self.cache.classes))
+        self.empty = np.flatnonzero(self.counts < self.refs)  # classes without a chain
         self.chains_per_epoch = int((self.counts // self.refs).sum())
         self.epoch = -1
 
@@ -103,16 +104,15 @@ class Chains(Dataset):
         """Image indices [b, refs] of this process's part of a step."""
         local_batch = self.batch_size // self.world
         first = step * self.batch_size + self.rank * local_batch
-        chains = np.arange(first, first + local_batch)
-        epochs, positions = np.divmod(chains, self.chains_per_epoch)
-        parts = [self.epoch_order(e)[positions[epochs == e]] for e in np.unique(epochs)]
-        return np.concatenate(parts)
+        chains = range(first, first + local_batch)
+        n = self.chains_per_epoch
+        return np.stack([self.epoch_order(i // n)[i % n] for i in chains])
 
     def __getitem__(self, step):
         """Moments float16 [b, refs, 2 C, h, w] and labels int64 [b]."""
         indices = self.indices(step)
         rng = np.random.default_rng((self.seed, step, self.rank))
-        flips = rng.integers(0, 1 + self.mirror, indices.shape)
+        flips = rng.integers(0, 2 if self.mirror else 1, indices.shape)
         moments = self.cache.moments(indices, flips)
         return torch.from_numpy(moments), torch.from_numpy(self.cache.labels[indices[:, 0]])
 
@@ -121,19 +121,16 @@ def open_chains(args, cache):
     """(chains to train on, chains held out)."""
     images, held_out = split(cache.labels, args.holdout)
     chains = Chains(cache, images, args.refs, args.batch_size, args.seed, args.mirror, RANK, WORLD)
-    held_out = Chains(cache, held_out, args.refs, 64, 0, args.mirror)
-    counts = chains.counts
-    few = [name for name, n in zip(cache.classes, counts) if 0 < n < args.refs]
-    empty = [name for name, n in zip(cache.classes, counts) if n == 0]
-    if few:
-        message = f"classes with fewer than {args.refs} images to train on: {shorten(few)}"
-        raise UserError(f"--refs {args.refs}: {message}")
-    if len(empty) == len(counts):
-        raise UserError(f"--data {args.data}: no images to train on (--holdout {args.holdout})")
+    held_out = Chains(cache, held_out, args.refs, max(1, 512 // args.refs), 0, args.mirror)
+    empty = [cache.classes[k] for k in chains.empty]
+    if not chains.chains_per_epoch:
+        reason = f"no class has {args.refs} images to train on (--holdout {args.holdout})"
+        raise UserError(f"--data {args.data}: {reason}")
     if args.holdout and not held_out.chains_per_epoch:
         raise UserError(f"--holdout {args.holdout}: no class has {args.refs} held-out images")
-    if empty and RANK == 0:
-        print(f"{len(empty)} of {len(counts)} classes have no images: {shorten(empty)}")
+    if empty:
+        few = "" if args.refs == 1 else f", or fewer than {args.refs}"
+        say(f"{len(empty)} of {len(cache.classes)} classes have no images{few}: {shorten(empty)}")
     return chains, held_out
 
 
@@ -151,13 +148,10 @@ def make_optimizer(model, lr):
     decayed = []
     others = []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            group = others if p.ndim == 1 or name.startswith("decoder.") else decayed
-            group.append(p)
-    groups = [dict(params=others, weight_decay=0.0)]
-    if decayed:
-        groups.append(dict(params=decayed, weight_decay=WEIGHT_DECAY))
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
+        group = others if p.ndim == 1 or name.startswith("decoder.") else decayed
+        group.append(p)
+    groups = [dict(params=decayed), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
 
 
 @torch.no_grad()
@@ -202,7 +196,7 @@ def train(args):
             forward.require_backward_grad_sync = i == run.accumulate - 1
             latents = sample_posterior(m.to(device, non_blocking=True)) * cache.scale
             y = y.to(device, non_blocking=True)
-            with autocast(device, run.dtype):
+            with autocast(device, args.dtype):
                 loss = forward(latents, y, batch_mul=args.batch_mul, t_distribution=args.t)
             (loss / run.accumulate).backward()
             mean_loss += loss.detach() / run.accumulate
@@ -239,39 +233,33 @@ def open_previous(args):
 def resolve_flags(args, last, start, device):
     """Give the flags that are None their values, layer by layer: the first to have one wins."""
 
-    def fill(values):
+    def fill(**values):
         for name, value in values.items():
-            if getattr(args, name, None) is None:
+            overruled = name == "steps" and args.epochs
+            if getattr(args, name, None) is None and not overruled:
                 setattr(args, name, value)
 
     # The resumed run's own flags.
     if last:
-        saved = dict(last["args"])
-        if args.epochs:
-            del saved["steps"]
-        answer_changes(args, saved)
-        fill(saved)
+        answer_changes(args, last["args"])
+        fill(**last["args"])
     # Of --init: its size, its images, and how they were used.
     if start:
         config, _, ckpt = start
         for name, size in SIZES.items():
             if size.width == config.width:
-                fill(dict(size=name))
+                fill(size=name)
         before = ckpt.get("args", {})
-        fill({k: before[k] for k in ("data", "holdout", "mirror") if k in before})
+        fill(**{k: before[k] for k in ("data", "holdout", "mirror") if k in before})
     # The recipe of this size and stage.
-    fill(dict(size="XS", refs=4, only_decoder=False))
+    fill(size="XS", refs=4, only_decoder=False)
     stage = "MRAR" if args.refs > 1 else "512 px" if args.only_decoder else "1-step"
-    recipe = dict(RECIPES.get(f"{args.size} {stage}", RECIPES[stage]))
-    if args.epochs:
-        recipe.pop("steps", None)
-    fill(recipe)
+    fill(**RECIPES.get(f"{args.size} {stage}", RECIPES[stage]))
     # What depends on the machine, and the rest.
     cuda = device.type == "cuda"
-    dtype = "bf16" if pick_dtype(None, device) == torch.bfloat16 else "fp32"
-    fill(dict(dtype=dtype, compile=cuda, workers=4 if cuda else 0))
-    fill(dict(data=str(DEMO_DATA) if args.size == "XS" else "latents"))
-    fill(dict(t="logit-normal", seed=0, holdout=0.0, mirror=True, log_every=50))
+    fill(dtype=pick_dtype(None, device), compile=cuda, workers=4 if cuda else 0)
+    fill(data=str(DEMO_DATA) if args.size == "XS" else "latents")
+    fill(t="logit-normal", seed=0, holdout=0.0, mirror=True, log_every=50)
 
 
 def answer_changes(args, saved):
@@ -283,18 +271,16 @@ def answer_changes(args, saved):
             change = f"{name} {old} there, {new} here"
             if name in fixed:
                 raise UserError(f"{args.out}/last.pt is of another run: {change}")
-            if RANK == 0:
-                print(f"{args.out}: {change}; the rest of the run follows the new value")
+            say(f"{args.out}: {change}; the rest of the run follows the new value")
 
 
 def open_cache(args, start, device):
     """The cache at --data; images are encoded first, into a cache beside OUT named after them."""
     path = Path(args.data)
-    encoded = path.suffix != ".npz" and (path / "settings.json").exists()
-    if encoded or not path.exists():
+    if (path / "settings.json").exists() or not path.exists():
         if args.vae or args.image_size:
             raise UserError(f"--data {path}: is a cache; leave out --vae and --image-size")
-        digest = LatentCache(path).vae_digest
+        digest = LatentCache(path).info["vae_digest"]
     else:
         images, vae = open_images(args, device)
         digest = vae.digest
@@ -304,8 +290,7 @@ def open_cache(args, start, device):
         raise UserError(f"--init {args.init}: was trained on the latents of another VAE")
     if not (path / "cache.json").exists():
         encode_images(images, vae, path, device=device)
-    if RANK == 0:
-        print(f"latents from {path}, of {time.ctime((path / 'cache.json').stat().st_mtime)}")
+    say(f"latents from {path}, of {time.ctime((path / 'cache.json').stat().st_mtime)}")
     return LatentCache(path)
 
 
@@ -324,14 +309,13 @@ def build(args, cache, last, start, device):
     if args.size == "XS":
         model.sampling.update(XS_SAMPLING)
     if last:
-        if {k: last[k] for k in cache.info} != cache.info:
+        if not cache.info.items() <= last.items():
             raise UserError(f"{args.out}/last.pt is of other images than {cache.path} has")
         model.load_state_dict(last["model"])
     elif start:
         warm_start(model, start, cache.classes, args.init)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith("decoder.") or not args.only_decoder)
-    model.to(device).train()
+    model.to(device).requires_grad_(not args.only_decoder)
+    model.decoder.requires_grad_()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, args.lr)
     if last:
@@ -352,32 +336,27 @@ def warm_start(model, start, classes, path):
     old, state, ckpt = start
     new = model.config
     state = dict(state)
-    done = []
     if old.refs == 1 and new.refs > 1:
         state["ar.mask_tokens"] = state["ar.mask_tokens"].expand(-1, new.tokens_per_image, -1)
         state.update({k: v for k, v in model.state_dict().items() if "reference_proj" in k})
-        done.append(f"mask embedding copied into {new.tokens_per_image} mask tokens")
-    if old.latent_size != new.latent_size and old.refs == new.refs == 1:
+        say(f"{path}: mask embedding copied into {new.tokens_per_image} mask tokens")
+    if old.latent_size != new.latent_size:
         grid = state["decoder.positions"].unflatten(1, (old.latent_size, -1)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=new.latent_size, mode="bicubic", align_corners=False)
         state["decoder.positions"] = grid.flatten(2).transpose(1, 2)
-        done.append(f"decoder positions interpolated, {old.latent_size} -> {new.latent_size}")
+        say(f"{path}: decoder positions interpolated, {old.latent_size} -> {new.latent_size}")
     names = ckpt.get("classes", classes if old.num_classes == new.num_classes else [])
     if names != classes:
-        embeddings = model.ar.class_embedding.weight.clone()
+        rows = model.ar.class_embedding.weight.clone()
         for k, name in enumerate(classes):
             if name in names:
-                embeddings[k] = state["ar.class_embedding.weight"][names.index(name)]
-        state["ar.class_embedding.weight"] = embeddings
+                rows[k] = state["ar.class_embedding.weight"][names.index(name)]
+        state["ar.class_embedding.weight"] = rows
         unknown = [name for name in classes if name not in names]
-        done.append(f"class embeddings matched by name; new: {shorten(unknown)}")
-    if RANK == 0 and done:
-        print(f"{path}: {'; '.join(done)}")
-    try:
+        say(f"{path}: class embeddings matched by name; new: {shorten(unknown)}")
+    different = {k: v for k, v in vars(old).items() if v != vars(new)[k]}
+    with user_file(path, f"start of this model, it has {different}"):
         model.load_state_dict(state)
-    except RuntimeError as e:
-        different = {k: v for k, v in vars(old).items() if v != vars(new)[k]}
-        raise UserError(f"--init {path}: weights of another shape: {different}") from e
 
 
 def parallelize(model, args):
@@ -437,7 +416,6 @@ class Run:
         self.ema = ema
         self.optimizer = optimizer
         self.device = device
-        self.dtype = pick_dtype(args.dtype, device)
         self.out = Path(args.out)
         self.step = last["step"] if last else 0
         self.rows = last["log"] if last else []
@@ -457,24 +435,16 @@ class Run:
         self.flops = count_flops(model.config, args.batch_mul) * args.batch_size / WORLD
         if RANK == 0:
             lock(self.out)
-            self.announce(num_params)
-        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=RANK > 0)
-        self.saved = time.time()
-        self.start_log()
-
-    def announce(self, num_params):
-        """Print what will be trained."""
-        args = self.args
-        vae = (self.cache.path / "vae.pt").read_bytes()  # the folder is complete: it can be moved
-        atomic_write(self.out / "vae.pt", lambda f: f.write(vae))
+            vae = (cache.path / "vae.pt").read_bytes()  # the folder is complete: it can be moved
+            atomic_write(self.out / "vae.pt", lambda f: f.write(vae))
         micro_batch = args.batch_size // WORLD // self.accumulate
-        print(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {self.device.type}")
-        print(f"{len(self.chains.images):,} images of {len(self.cache.classes)} classes")
-        print(
-            f"{self.steps} steps of {args.batch_size} chains of {args.refs}, {micro_batch} at once"
-        )
-        print(f"{self.steps / self.epoch:.1f} epochs in {args.dtype}, from step {self.step}")
-        print(f"writing to {self.out}")
+        say(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {device.type}")
+        say(f"{len(self.chains.images):,} images of {len(cache.classes)} classes")
+        say(f"{self.steps} steps of {args.batch_size} chains of {args.refs}, {micro_batch} at once")
+        say(f"{self.steps / self.epoch:.1f} epochs in {args.dtype}, from step {self.step}")
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=RANK > 0)
+        self.losses = []  # since the last row of the log
+        self.started = self.saved = time.time()
 
     def check_finite(self, grad_norm):
         """Refuse a gradient that is not finite, before the optimiser touches the weights."""
@@ -483,78 +453,69 @@ class Run:
             remedy = "--resume with a smaller --lr"
             raise UserError(f"the loss or gradient of step {self.step + 1} is not finite; {remedy}")
 
+    def due(self, every):
+        """Whether this is one of every so many steps, or the last; 0 and None: never."""
+        return every and (self.step % every == 0 or self.step == self.steps)
+
     def after_step(self, loss, grad_norm, lr):
-        """Count the step, then log, save and draw samples where it is time to."""
+        """Count the step; rank 0 logs, saves and draws samples where it is time to."""
         args = self.args
         self.step += 1
-        self.loss_sum += loss
+        self.losses.append(loss)
         self.bar.update()
-        done = self.step == self.steps
-        due = time.time() - self.saved > 15 * 60
-        keep = args.keep_every and self.step % args.keep_every == 0
-        sample = args.sample_every and (done or self.step % args.sample_every == 0)
-        if done or sample or self.step % args.log_every == 0:
+        if RANK > 0:
+            return
+        sample = self.due(args.sample_every)
+        if sample or self.due(args.log_every):
             self.log(grad_norm, lr, sample)
-        if RANK == 0 and (done or due or keep or self.step % args.save_every == 0):
-            self.save(keep)
-        if RANK == 0 and sample:
+        late = time.time() - self.saved > 15 * 60
+        if late or self.due(args.save_every) or self.due(args.keep_every):
+            self.save()
+        if sample:
             self.draw_samples()
             self.started = time.time()  # images_per_second is of training alone
 
-    def start_log(self):
-        self.logged = self.step
-        self.loss_sum = 0.0
-        self.started = time.time()
-
     def log(self, grad_norm, lr, sample):
-        """Add a row to log.csv: means since the last one; with samples the held-out loss too."""
-        count = self.step - self.logged
-        loss = self.loss_sum / count
-        if WORLD > 1:
-            dist.all_reduce(loss)
-            loss /= WORLD
-        rate = count / (time.time() - self.started)  # steps per second
+        """Add a row to log.csv: the mean loss of rank 0 since the last row; with samples also the
+        held-out loss."""
+        loss = torch.stack(self.losses).mean().item()
+        rate = len(self.losses) / (time.time() - self.started)  # steps per second
         images = rate * self.args.batch_size * self.args.refs
         tflops = rate * self.flops / 1e12
-        memory = math.nan
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 1e9
-        if RANK == 0:
-            holdout = self.holdout_loss() if self.args.holdout and sample else math.nan
-            row = [self.step, self.step / self.epoch, loss.item(), grad_norm.item(), lr]
-            row += [images, tflops, memory, holdout]
-            self.rows.append(",".join(f"{x:.6g}" for x in row).replace("nan", ""))
-            text = "\n".join([COLUMNS, *self.rows, ""])
-            atomic_write(self.out / "log.csv", lambda f: f.write(text.encode()))
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        holdout = self.holdout_loss() if self.args.holdout and sample else math.nan
+        row = [self.step, self.step / self.epoch, loss, grad_norm.item(), lr]
+        row += [images, tflops, memory, holdout]
+        self.rows.append(",".join(f"{x:.6g}" for x in row).replace("nan", ""))
+        text = "\n".join([COLUMNS, *self.rows, ""])
+        atomic_write(self.out / "log.csv", lambda f: f.write(text.encode()))
         speed = f"{images:.0f} images/s, {tflops:.2f} TFLOP/s, {memory:.1f} GB"
-        self.bar.set_postfix_str(f"loss {loss.item():.4f}, {speed}".replace(", nan GB", ""))
-        self.start_log()
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}")
+        self.losses.clear()
+        self.started = time.time()
 
     @torch.no_grad()
     def holdout_loss(self):
-        """Loss of the EMA weights on up to 1,024 held-out chains, always with the same draws."""
+        """Loss of the EMA weights on 512 held-out images, always with the same draws."""
         torch.manual_seed(0)
-        losses = []
-        for s in range(min(16, math.ceil(self.held_out.chains_per_epoch / 64))):
-            moments, labels = self.held_out[s]
-            latents = sample_posterior(moments.to(self.device)) * self.cache.scale
-            with autocast(self.device, self.dtype):
-                loss = self.ema.loss(latents, labels.to(self.device), t_distribution=self.args.t)
-            losses.append(loss.item())
-        return sum(losses) / len(losses)
+        moments, labels = self.held_out[0]
+        latents = sample_posterior(moments.to(self.device)) * self.cache.scale
+        with autocast(self.device, self.args.dtype):
+            loss = self.ema.loss(latents, labels.to(self.device), t_distribution=self.args.t)
+        return loss.item()
 
-    def save(self, keep):
+    def save(self):
         """Write ema.pt, last.pt and, to keep, ema-STEP.pt."""
         info = dict(
             self.cache.info,
             config=dataclasses.asdict(self.model.config),
             sampling=self.model.sampling,
             step=self.step,
-            empty=np.flatnonzero(self.chains.counts == 0).tolist(),
+            empty=self.chains.empty.tolist(),
         )
         weights = {k: v.half() for k, v in self.ema.state_dict().items()}
         names = ["ema.pt"]
-        if keep:
+        if self.due(self.args.keep_every):
             names.append(f"ema-{self.step:07d}.pt")
         for name in names:
             atomic_write(self.out / name, lambda f: torch.save(dict(info, model=weights), f))
@@ -573,51 +534,43 @@ class Run:
 
     def draw_samples(self):
         """Draw four images of each of the first ten classes with the EMA weights."""
-        classes = np.flatnonzero(self.chains.counts)[:10]
+        classes = np.flatnonzero(self.chains.counts >= self.args.refs)[:10]
         labels = torch.tensor(classes, device=self.device).repeat_interleave(4)
         noise_sampler = per_image_noise(self.args.seed, range(len(labels)))
         vae = load_vae(self.out / "vae.pt", self.device)
-        path = self.out / f"samples-{self.step:07d}.png"
-        with torch.inference_mode(), autocast(self.device, self.dtype):
+        with autocast(self.device, self.args.dtype):
             chain = self.ema.sample(labels, noise_sampler=noise_sampler)
-            images = latents_to_images(vae, chain[:, -1])
-        save_grid(images, path, columns=4, rows=[self.cache.classes[k] for k in classes])
+        images = latents_to_images(vae, chain[:, -1].unflatten(0, (-1, 4)))
+        path = self.out / f"samples-{self.step:07d}.png"
+        save_grid(images, path, [self.cache.classes[k] for k in classes])
         tqdm.write(f"wrote {path}")
 
     def finish(self):
         self.bar.close()
-        if RANK == 0:
-            print(f"complete at step {self.step}; {self.out} has last.pt, ema.pt and log.csv")
-            print(f"draw: python sample.py --ckpt {self.out}")
+        say(f"complete at step {self.step}: python sample.py --ckpt {self.out} draws")
         if WORLD > 1:  # torchrun kills the remaining ranks once one exits
             dist.barrier()
             dist.destroy_process_group()
 
 
 # -------------------------------------------------------------------------------- command line
-def training_parser(doc, out, recipes):
-    lines = ["defaults:"]
-    for name in recipes:
-        values = [f"{k.replace('_', '-')} {v:g}" for k, v in RECIPES[name].items()]
-        lines.append(f"  {name}: {', '.join(values)}")
-    parser = make_parser(doc, epilog="\n".join(lines))
+def training_parser(doc, out):
+    recipes = "\n".join(f"  {name}: {recipe}" for name, recipe in RECIPES.items())
+    parser = make_parser(doc, epilog=f"defaults:\n{recipes}")
     add = parser.add_argument
     count = bounded(int, 1)
     fraction = bounded(float, 0, 1)
     add("--size", choices=SIZES, help="of the model (default: that of --init, else XS)")
     add(
         "--data",
-        help="latent cache, or images to encode first (default: the bundled images for "
-        "XS, else ./latents)",
+        help="latent cache, or images to encode first (default: the bundled ones; not XS: latents)",
     )
     add("--vae", help="VAE that encodes images; kl16: the released one (default: the bundled one)")
     add("--image-size", type=count, help="pixels (default: the cache's, or the VAE's own)")
     add(
-        "--no-mirror",
-        dest="mirror",
-        action="store_false",
-        default=None,
-        help="train no mirror " "images: letters, digits, left and right",
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        help="train mirror images too; not for letters, digits, left and right (default: do)",
     )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add("--resume", action="store_true", help="continue from OUT/last.pt with its flags")
@@ -627,7 +580,7 @@ def training_parser(doc, out, recipes):
     add(
         "--accumulate",
         type=count,
-        help="micro-batches per step on each process (default: what a " "GPU's memory needs)",
+        help="micro-batches per step on each process (default: what a GPU's memory needs)",
     )
     add("--batch-mul", type=count, help="draws of (t, noise) per image")
     add("--lr", type=bounded(float, 0), help="peak learning rate; scale it with the batch size")
@@ -637,13 +590,13 @@ def training_parser(doc, out, recipes):
     add(
         "--t",
         choices=["logit-normal", "uniform"],
-        help="distribution of t: the release's " "(default), or Eq. 5's",
+        help="distribution of t: the release's (default), or Eq. 5's",
     )
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw (default: 0)")
     add(
         "--holdout",
         type=fraction,
-        help="part of the images to keep out, 0 to 1; log.csv has " "their loss (default: 0)",
+        help="part of the images to keep out, 0 to 1; log.csv has their loss (default: 0)",
     )
     add("--save-every", type=count, help="steps between checkpoints; one is due every 15 minutes")
     add("--keep-every", type=count, help="steps between checkpoints to keep as OUT/ema-STEP.pt")
@@ -653,14 +606,14 @@ def training_parser(doc, out, recipes):
     add(
         "--dtype",
         choices=["bf16", "fp32"],
-        help="of autocast (default: bf16 where the hardware " "has it)",
+        help="of autocast (default: bf16 where the hardware has it)",
     )
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
 
 
 def main():
-    parser = training_parser(__doc__, "runs/train", ("XS 1-step", "1-step", "512 px"))
+    parser = training_parser(__doc__, "runs/train")
     parser.add_argument("--init", help="checkpoint or run whose EMA weights to start from")
     parser.add_argument(
         "--only-decoder", action="store_true", default=None, help="the 512 px recipe"

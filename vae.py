@@ -23,7 +23,7 @@ from pathlib import Path
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import DEMO, RANK, UserError, atomic_write, attention, bounded
 from model import fetch_released, load_file, make_parser, missing_parts, part_paths, pick_device
-from model import read_weights, run_main, sha256_prefix, shorten, start_parts
+from model import read_weights, run_main, say, sha256_prefix, shorten, start_parts
 from model import user_file, wait_for, write_json
 
 import numpy as np
@@ -40,6 +40,7 @@ RELEASED_SCALE = 0.2325  # 1 / standard deviation of the released VAE's latents 
 torch.backends.cudnn.allow_tf32 = False  # convolutions in TF32 would change pixels and FID
 
 # -------------------------------------------------------------------------------- the autoencoder
+conv1 = functools.partial(nn.Conv2d, kernel_size=1)
 conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
@@ -55,7 +56,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = conv3(cin, cout)
         self.norm2 = norm(cout)
         self.conv2 = conv3(cout, cout)
-        self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.nin_shortcut = conv1(cin, cout) if cin != cout else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -69,10 +70,10 @@ class AttnBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm = norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q = conv1(channels, channels)
+        self.k = conv1(channels, channels)
+        self.v = conv1(channels, channels)
+        self.proj_out = conv1(channels, channels)
 
     def forward(self, x):
         h = self.norm(x)
@@ -93,42 +94,44 @@ def middle(channels):
     )
 
 
-class Level(nn.Module):
-    """Residual blocks of one resolution, with attention or without, then a change of resolution."""
+def resnet_blocks(cin, cout, count):
+    blocks = [ResnetBlock(cout, cout) for _ in range(count - 1)]
+    return nn.Sequential(ResnetBlock(cin, cout), *blocks)
 
-    def __init__(self, cin, cout, blocks, attention=False, downsample=None, upsample=None):
+
+class AttnLevel(nn.Module):
+    """Residual blocks, each with attention after it: the encoder's last level."""
+
+    def __init__(self, cin, cout, count):
         super().__init__()
-        channels = [cin] + [cout] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(channels, channels[1:]))
-        attn = AttnBlock if attention else nn.Identity
-        self.attn = nn.ModuleList(attn(cout) for _ in range(blocks))
-        self.downsample = downsample or nn.Identity()
-        self.upsample = upsample or nn.Identity()
+        self.block = resnet_blocks(cin, cout, count)
+        self.attn = nn.Sequential(*(AttnBlock(cout) for _ in range(count)))
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
-        return self.upsample(self.downsample(x))
+        return x
 
 
 def encoder(channels, multipliers, blocks, z_channels):
     """[B, 3, H, W] -> [B, 2 z_channels, H / f, W / f], f = 2 ** (levels - 1)."""
     levels = []
     cin = channels
-    for i, multiplier in enumerate(multipliers):
+    for multiplier in multipliers[:-1]:
         cout = channels * multiplier
-        last = i == len(multipliers) - 1
         # LDM pads right and bottom only.
         down = sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2))
-        levels.append(Level(cin, cout, blocks, attention=last, downsample=None if last else down))
+        levels.append(sequence(block=resnet_blocks(cin, cout, blocks), downsample=down))
         cin = cout
+    top = channels * multipliers[-1]
+    levels.append(AttnLevel(cin, top, blocks))
     return sequence(
         conv_in=conv3(3, channels),
         down=nn.Sequential(*levels),
-        mid=middle(cin),
-        norm_out=norm(cin),
+        mid=middle(top),
+        norm_out=norm(top),
         silu=nn.SiLU(),
-        conv_out=conv3(cin, 2 * z_channels),
+        conv_out=conv3(top, 2 * z_channels),
     )
 
 
@@ -138,8 +141,10 @@ def decoder(channels, multipliers, blocks, z_channels):
     cin = top = channels * multipliers[-1]
     for i in reversed(range(len(multipliers))):  # LDM counts levels from the pixels
         cout = channels * multipliers[i]
-        up = sequence(enlarge=nn.Upsample(scale_factor=2.0), conv=conv3(cout, cout))
-        levels[str(i)] = Level(cin, cout, blocks + 1, upsample=up if i > 0 else None)
+        level = sequence(block=resnet_blocks(cin, cout, blocks + 1))
+        if i > 0:
+            level.upsample = sequence(enlarge=nn.Upsample(scale_factor=2.0), conv=conv3(cout, cout))
+        levels[str(i)] = level
         cin = cout
     return sequence(
         conv_in=conv3(z_channels, top),
@@ -161,8 +166,8 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.encoder = encoder(channels, multipliers, blocks, z_channels)
         self.decoder = decoder(channels, multipliers, blocks, z_channels)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.quant_conv = conv1(2 * z_channels, 2 * z_channels)
+        self.post_quant_conv = conv1(z_channels, z_channels)
         self.z_channels = z_channels
         self.factor = 2 ** (len(multipliers) - 1)
 
@@ -206,19 +211,17 @@ def load_vae(path, device="cpu", model=None):
     """
     path = fetch_released("vae") if path == "kl16" else Path(path)
     ckpt = load_file(path)
-    with user_file(path, f"VAE, it has {shorten(list(ckpt), 6)}"):
+    with user_file(path, f"VAE, it has {shorten(list(ckpt), 6)}"), torch.device("meta"):
         state = read_weights(ckpt, "model", "state_dict")
         # Without LDM's discriminator.
         state = {k: v for k, v in state.items() if not k.startswith("loss.")}
-        arch = arch_from_shapes(state)
-        with torch.device("meta"):
-            vae = AutoencoderKL(**arch)
+        vae = AutoencoderKL(**arch_from_shapes(state))
         vae.load_state_dict(state, assign=True)
     vae.scale = ckpt.get("scale", RELEASED_SCALE)
     vae.image_size = ckpt.get("image_size", 256)
     vae.path = path
     vae.digest = sha256_prefix(path.read_bytes())
-    if model is not None:
+    if model:
         expected = model.info.get("vae_digest", vae.digest)  # released models do not name theirs
         if vae.digest != expected or vae.z_channels != model.config.latent_channels:
             raise UserError(f"--vae {path}: not the VAE of this model's latents; give that one")
@@ -226,16 +229,18 @@ def load_vae(path, device="cpu", model=None):
 
 
 def latents_to_images(vae, latents):
-    """Scaled latents [N, z, h, w], as TransDiff draws them -> uint8 images [N, H, W, 3]."""
-    x = torch.cat([vae.decode(z / vae.scale) for z in latents.float().split(16)])
+    """Scaled latents [..., z, h, w], as TransDiff draws them -> uint8 images [..., H, W, 3]."""
+    z = latents.float().flatten(0, -4) / vae.scale
+    x = torch.cat([vae.decode(part) for part in z.split(16)])
     if not torch.isfinite(x).all():
         raise UserError("the samples are not finite; try --dtype fp32, or a smaller --cfg")
-    return to_uint8(x)
+    images = to_uint8(x)
+    return images.reshape(*latents.shape[:-3], *images.shape[1:])
 
 
 def to_uint8(x):
     """x [B, 3, H, W] in [-1, 1] -> uint8 numpy [B, H, W, 3]."""
-    levels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -244,48 +249,33 @@ def from_uint8(images, device="cpu"):
     return torch.as_tensor(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def save_grid(images, path, columns, rows=(), heads=()):
-    """Write uint8 images [N, H, W, 3] as one PNG, row by row, small ones enlarged.
+def save_grid(images, path, rows=(), heads=()):
+    """Write uint8 images [rows, columns, H, W, 3] as one PNG, small ones enlarged.
 
     rows   names of the rows
     heads  names of the columns
     """
-    h, w = images.shape[1:3]
-    zoom = max(1, 64 // h)
-    gap = 2 * zoom
+    zoom = max(1, 64 // images.shape[2])
+    # Two white lines above and left of each image.
+    tiles = F.pad(torch.from_numpy(images), (0, 0, 2, 0, 2, 0), value=255)
+    h, w = tiles.shape[2:4]
+    grid = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1).numpy()
+    picture = ImageOps.scale(Image.fromarray(grid), zoom, Image.Resampling.NEAREST)
     font = ImageFont.load_default(14)
     left = max((6 + int(font.getlength(name)) for name in rows), default=0)
     top = 20 if len(heads) else 0
-    step_x = w * zoom + gap
-    step_y = h * zoom + gap
-    num_rows = -(-len(images) // columns)
-    size = (left + columns * step_x + gap, top + num_rows * step_y + gap)
-    picture = Image.new("RGB", size, "white")
+    picture = ImageOps.expand(picture, (left, top, 2 * zoom, 2 * zoom), "white")
     draw = ImageDraw.Draw(picture)
-    for i, image in enumerate(images):
-        x = left + i % columns * step_x + gap
-        y = top + i // columns * step_y + gap
-        tile = ImageOps.scale(Image.fromarray(image), zoom, Image.Resampling.NEAREST)
-        picture.paste(tile, (x, y))
     for i, name in enumerate(rows):
-        draw.text((left, top + (i + 0.5) * step_y), name, "black", font, "rm")
+        draw.text((left, top + (i + 0.5) * h * zoom), name, "black", font, "rm")
     for i, name in enumerate(heads):
-        draw.text((left + (i + 0.5) * step_x, top), name, "black", font, "md")
+        draw.text((left + (i + 0.5) * w * zoom, top), name, "black", font, "md")
     atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 
 # -------------------------------------------------------------------------------- reading images
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes: long texts and colour profiles are no error
-UPRIGHT = {  # EXIF orientation -> what turns the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def read_image(path):
@@ -298,16 +288,14 @@ def read_image(path):
         image = Image.open(path)
         image.load()
         try:
-            orientation = image.getexif().get(0x0112)
+            image.getexif()  # keeps the orientation
+            image.info.pop("exif", None)  # exif_transpose would write it back: odd entries fail
+            image = ImageOps.exif_transpose(image)
         except Exception:  # damaged metadata; the pixels are sound
-            orientation = None
-        if orientation in UPRIGHT:
-            image = image.transpose(UPRIGHT[orientation])
+            pass
         if image.mode in ("I", "F"):
             raise ValueError("32-bit grey has no fixed white; convert it to 8 or 16 bits")
-        if image.mode.startswith(
-            "I;16"
-        ):  # Pillow's own conversion clips at 255, and does not scale
+        if image.mode.startswith("I;16"):  # Pillow's own conversion clips, and does not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             black = Image.new("RGBA", image.size, "black")
@@ -347,8 +335,8 @@ def read_folder(root, labelled):
     parents = ()
     if labelled:
         parents = (os.path.realpath(root),)
-        folders = [entry for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."]
-        folders.sort(key=os.fsencode)
+        entries = sorted(root.glob("[!.]*"), key=os.fsencode)
+        folders = [entry for entry in entries if entry.is_dir()]
     paths = []
     labels = []
     others = Counter()
@@ -362,15 +350,15 @@ def read_folder(root, labelled):
         labels += [label] * len(images)
     if not paths:
         raise UserError(f"{root}: no class folders; expected {root}/<class>/<image>")
-    if others and RANK == 0:
-        print(f"{root}: left out, not images by their suffix: {dict(others)}")
+    if others:
+        say(f"{root}: left out, not images by their suffix: {dict(others)}")
     names = [folder.name.encode(errors="backslashreplace").decode() for folder in folders]
     return paths, np.array(labels), names
 
 
 def read_npz(path, labelled):
     """(images uint8 [N, H, W, 1 or 3], labels [N], class names) of an .npz."""
-    with user_file(path, ".npz of images"), np.load(path, allow_pickle=False) as data:
+    with user_file(path, ".npz of images"), np.load(path) as data:
         names = ("images", "arr_0", "labels", "arr_1", "classes")
         arrays = {k: data[k] for k in names if k in data}
         has = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()) or str(data.files)
@@ -408,7 +396,7 @@ class Images(Dataset):
         self.size = size
         self.skip_bad = skip_bad
         self.folder = self.path.is_dir()
-        if not self.folder and not (self.path.suffix == ".npz" and self.path.is_file()):
+        if not self.folder and self.path.suffix != ".npz":
             raise UserError(f"{path}: no such folder or .npz of images")
         read = read_folder if self.folder else read_npz
         self.items, self.labels, self.classes = read(self.path, labelled)
@@ -422,7 +410,8 @@ class Images(Dataset):
         """Changes with the images: by the time of a folder's files, by the checksums of an .npz."""
         if self.folder:
             stats = [os.stat(path) for path in self.items]
-            contents = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(self.items, stats)]
+            names = [os.path.relpath(path, self.path) for path in self.items]
+            contents = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(names, stats)]
         else:
             contents = [member.CRC for member in zipfile.ZipFile(self.path).infolist()]
         return sha256_prefix(repr((self.classes, contents)).encode("utf-8", "surrogateescape"))
@@ -469,7 +458,7 @@ def open_images(args, device):
 #                    of its mirror image ([:, 1]), NaN where the image cannot be read
 # DIR/labels.npy     int64 [N]; -1 where the image cannot be read
 # DIR/vae.pt         the VAE
-# DIR/cache.json     shape [N, 2, 2 z, h, w], classes, scale, image_size, vae_digest; written last
+# DIR/cache.json     as settings.json; written last
 PART = 1024
 
 
@@ -493,12 +482,10 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu"):
     side = images.shape[0] // vae.factor
     record = dict(
         shape=[len(images), 2, 2 * vae.z_channels, side, side],
-        classes=images.classes,
         scale=vae.scale,
         image_size=images.shape[0],
-        vae_digest=vae.digest,
-        images=images.digest,
         batch_size=batch_size,
+        info=dict(classes=images.classes, vae_digest=vae.digest, images=images.digest),
     )
     start_parts(out, record)
     paths = part_paths(out, -(-len(images) // PART))
@@ -516,7 +503,9 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu"):
         print(f"left out, not readable: {images.name(i)!r}")  # !r: a name may not be UTF-8
     if not readable.any():
         raise UserError(f"{images.path}: none of its {len(images)} images can be read")
-    error = show_reconstructions(images, vae, out / "reconstructions.png", device, readable)
+    chosen = np.random.default_rng(0).choice(np.flatnonzero(readable), 16)
+    originals = np.stack([images[i] for i in chosen])
+    error = show_reconstructions(originals, vae, out / "reconstructions.png", device)
     labels = np.where(readable, images.labels, -1)
     atomic_write(out / "labels.npy", lambda f: np.save(f, labels))
     shutil.copy(vae.path, out / "vae.pt")
@@ -530,18 +519,14 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu"):
 
 
 @torch.inference_mode()
-def show_reconstructions(images, vae, path, device, readable):
-    """Draw 16 of the images where readable [N] over their reconstructions.
+def show_reconstructions(originals, vae, path, device):
+    """Draw uint8 images [N, H, W, 3] over their reconstructions.
 
     Returns the mean error in units of [-1, 1].
     """
-    chosen = np.flatnonzero(readable)
-    chosen = chosen[np.linspace(0, len(chosen) - 1, 16).astype(int)]
-    originals = np.stack([images[i] for i in chosen])
     batches = from_uint8(originals, device).split(4)
     decoded = np.concatenate([to_uint8(vae.decode(vae.encode(x)[0])) for x in batches])
-    pairs = np.stack([originals, decoded]).reshape(2, 2, 8, *originals.shape[1:])
-    save_grid(pairs.swapaxes(0, 1).reshape(32, *originals.shape[1:]), path, columns=8)
+    save_grid(np.stack([originals, decoded]), path)
     return np.abs(originals / 127.5 - decoded / 127.5).mean()
 
 
@@ -556,18 +541,18 @@ class LatentCache:
     def __init__(self, path):
         self.path = Path(path)
         if not (self.path / "cache.json").exists():
-            command = f"python vae.py encode --data SRC --vae F --out {path}"
-            raise UserError(f"{path}: not a latent cache, or an unfinished one: {command}")
+            raise UserError(
+                f"{path}: not a latent cache, or an unfinished one: "
+                f"python vae.py encode --data SRC --vae F --out {path}"
+            )
         with user_file(path, "latent cache"):
             record = json.loads((self.path / "cache.json").read_text())
             self.num_images, _, channels, *side = record["shape"]
             self.latent_shape = (channels // 2, *side)
-            self.classes = record["classes"]
             self.scale = record["scale"]
-            self.image_size = record["image_size"]
-            self.vae_digest = record["vae_digest"]
-            self.info = {k: record[k] for k in ("classes", "vae_digest", "images")}
-            self.labels = np.load(self.path / "labels.npy", allow_pickle=False)
+            self.info = record["info"]  # a checkpoint records it: classes, vae_digest, images
+            self.classes = self.info["classes"]
+            self.labels = np.load(self.path / "labels.npy")
             self.parts = part_paths(self.path, -(-self.num_images // PART))
             for part in self.parts:
                 part.stat()
@@ -594,7 +579,7 @@ def main():
     )
     args = parser.parse_args()
     device = pick_device(args.device)
-    if Path(args.out, "cache.json").exists():
+    if RANK == 0 and Path(args.out, "cache.json").exists():
         raise UserError(f"{args.out}: is a complete cache; remove it or give another --out")
     images, vae = open_images(args, device)
     encode_images(images, vae, args.out, args.batch_size, args.workers, device)

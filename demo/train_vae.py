@@ -129,9 +129,10 @@ def save_vae(vae, images, out, device):
     originals = [image for image in originals if image.dtype == np.uint8]
     if not originals:
         raise UserError(f"{images.path}: none of {len(chosen)} of its images can be read")
+    originals = np.stack(originals)
     torch.manual_seed(0)
     latents = []
-    for x in torch.from_numpy(np.stack(originals)).split(16):
+    for x in torch.from_numpy(originals).split(16):
         moments = torch.cat(vae.encode(from_uint8(x, device)), dim=1)
         latents.append(sample_posterior(moments))
     scale = 1 / torch.cat(latents).std().item()
@@ -140,7 +141,7 @@ def save_vae(vae, images, out, device):
     ckpt = dict(model=weights, scale=scale, image_size=vae.image_size)
     atomic_write(out, lambda f: torch.save(ckpt, f))
     picture = out.with_suffix(".png")
-    error = show_reconstructions(originals, vae, picture, device, np.ones(len(originals)))
+    error = show_reconstructions(originals[:: len(originals) // 16 + 1], vae, picture, device)
     print(f"wrote {out}, scale of the latents {scale:.4f}")
     print(f"mean error {error:.3f} of 2 (0.02 is sharp), see {picture}")
 

@@ -50,13 +50,14 @@ from torch.utils.data import DataLoader  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 ROW = "{:14}{:>10}{:>10}{:>8}{:>14}{:>9}{:>12}{:>7}"
+DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 BATCH_MUL = {1: 4, 4: 2}  # refs -> draws of (t, noise) per image, Appendix B
 
 
 def ceiling(device, dtype):
     """Floating-point operations per second of the best square matrix product."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
     return 2 * n**3 / min(clock(lambda: a @ b, device) for _ in range(8))
 
 
@@ -304,8 +305,8 @@ def write_random_cache(folder, n, shape):
     for i, path in enumerate(part_paths(folder, -(-n // PART))):
         np.save(path, moments[: n - i * PART])
     np.save(folder / "labels.npy", np.arange(n) % 1000)
-    record = dict(shape=[n, *shape], classes=[str(k) for k in range(1000)], scale=1.0)
-    record.update(image_size=256, vae_digest="", images="")
+    info = dict(classes=[str(k) for k in range(1000)], vae_digest="", images="")
+    record = dict(shape=[n, *shape], scale=1.0, info=info)
     write_json(folder / "cache.json", record)
 
 
@@ -383,7 +384,7 @@ def check_attention(size, device, dtype):
         for name, (B, Q, K, mask) in shapes.items():
             depth = config.width // config.heads
             inputs = [
-                torch.randn(B, config.heads, n, depth, device=device, dtype=dtype)
+                torch.randn(B, config.heads, n, depth, device=device, dtype=DTYPES[dtype])
                 for n in (Q, K, K)
             ]
             q, k, v = (x.requires_grad_() for x in inputs)

@@ -299,7 +299,6 @@ def test_several_processes_draw_only_sets(flags, message, run, monkeypatch):
 
 
 @pytest.mark.parametrize("flags,message", [
-    ("--num 15 --out x.npz", "--num 15: must be a multiple of the 10 classes"),
     ("--num 20 --out x.png", "must end in .npz"),
     ("--fuse 1 2 --show-chain", "--show-chain: not allowed with argument --fuse"),
     ("--fuse 1 2 --class 3", "--fuse names the classes; leave out --class"),

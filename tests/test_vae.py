@@ -526,7 +526,7 @@ def test_the_cache_holds_the_moments_of_the_crop_and_of_its_mirror_image(tmp_pat
 
     cache = LatentCache(tmp_path / "cache")
     assert np.array_equal(cache.labels, images.labels) and cache.classes == images.classes
-    assert cache.scale == 0.5 and cache.image_size == 32 and cache.latent_shape == (8, 8, 8)
+    assert cache.scale == 0.5 and cache.latent_shape == (8, 8, 8)
     moments = cache.moments(np.array([[0, 33], [59, 33]]), np.array([[0, 1], [1, 0]]))
     assert moments.shape == (2, 2, 16, 8, 8) and moments.dtype == np.float16
     chosen = [(0, 0, moments[0, 0]), (33, 1, moments[0, 1])]
