@@ -461,10 +461,10 @@ class Run:
         """Count the step; rank 0 logs, saves and draws samples where it is time to."""
         args = self.args
         self.step += 1
-        self.losses.append(loss)
-        self.bar.update()
         if RANK > 0:
             return
+        self.losses.append(loss)
+        self.bar.update()
         sample = self.due(args.sample_every)
         if sample or self.due(args.log_every):
             self.log(grad_norm, lr, sample)
@@ -482,7 +482,7 @@ class Run:
         rate = len(self.losses) / (time.time() - self.started)  # steps per second
         images = rate * self.args.batch_size * self.args.refs
         tflops = rate * self.flops / 1e12
-        memory = torch.cuda.max_memory_allocated() / 1e9
+        memory = torch.cuda.max_memory_allocated() / 1e9 or math.nan
         holdout = self.holdout_loss() if self.args.holdout and sample else math.nan
         row = [self.step, self.step / self.epoch, loss, grad_norm.item(), lr]
         row += [images, tflops, memory, holdout]
@@ -490,7 +490,7 @@ class Run:
         text = "\n".join([COLUMNS, *self.rows, ""])
         atomic_write(self.out / "log.csv", lambda f: f.write(text.encode()))
         speed = f"{images:.0f} images/s, {tflops:.2f} TFLOP/s, {memory:.1f} GB"
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}")
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}".replace(", nan GB", ""))
         self.losses.clear()
         self.started = time.time()
 

@@ -218,6 +218,7 @@ def load_vae(path, device="cpu", model=None):
         vae = AutoencoderKL(**arch_from_shapes(state))
         vae.load_state_dict(state, assign=True)
     vae.scale = ckpt.get("scale", RELEASED_SCALE)
+    vae.scale_from = "its file" if "scale" in ckpt else "the release: its file has none"
     vae.image_size = ckpt.get("image_size", 256)
     vae.path = path
     vae.digest = sha256_prefix(path.read_bytes())
@@ -512,7 +513,9 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu"):
     write_json(out / "cache.json", record)
     print(f"wrote {readable.sum():,} of {len(images):,} images to {out}")
     print(f"{len(images.classes)} classes: {shorten(images.classes)}")
-    print(f"latents are multiplied by the scale of {vae.path}, {vae.scale:.4f}")
+    print(f"scale of the latents {vae.scale:.4f}, from {vae.scale_from}")
+    if side % 8:
+        print(f"latents of {side} x {side}: MRAR needs a multiple of 4 (XS) or 8 (B, L, H)")
     print(f"mean error of the VAE {error:.3f} of 2, see {out}/reconstructions.png")
     if error > 0.1:
         print("warning: images will be blurred (0.02 is sharp); train a VAE: demo/train_vae.py")

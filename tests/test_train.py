@@ -890,7 +890,8 @@ def test_only_decoder_trains_the_decoder_at_another_resolution(project, capsys):
 @pytest.mark.parametrize("line,messages", [
     ("train.py --size B", ["latents: not a latent cache", "vae.py encode --data SRC", "latents"]),
     ("finetune_mrar.py", ["--init runs/train: not there", "run train.py first"]),
-    ("train.py --only-decoder --data cache", ["--only-decoder: give --init"]),
+    ("train.py --data cache --batch-size 8 --batch-mul 1 --steps 1 --only-decoder",
+     ["--only-decoder: give --init"]),
     ("train.py --data images.npz --vae nothing.pt", ["nothing.pt: No such file"]),
     ("train.py --size B --data images.npz", ["--vae: name the VAE for images.npz"]),
     ("train.py --data cache --vae vae.pt", ["--data cache: is a cache; leave out --vae"]),

@@ -678,7 +678,7 @@ def test_encode_names_what_it_left_out_and_says_how_good_the_vae_is(tmp_path, mo
         for name in ("a/0.jpg", "b/1.jpg", "b/float.tif"):
             assert f"left out, not readable: 'tree/{name}'\n" in out
         assert f"wrote 3 of 6 images to {workers}\n2 classes: a, b\n" in out
-        assert "multiplied by the scale of v.pt, 1.0000" in out
+        assert "scale of the latents 1.0000, from its file\n" in out
         assert float(re.search(r"mean error of the VAE (\S+) of 2", out)[1]) > 0.1
         assert "warning: images will be blurred (0.02 is sharp); train a VAE: demo/train" in out
         caches.append(files_of(str(workers)))
@@ -708,6 +708,21 @@ def test_images_of_your_own_need_a_vae_of_their_own(tmp_path, garments, monkeypa
         run_in_process(line, expect=2)
         error = capsys.readouterr().err
         assert "--vae: name the VAE for s.npz: kl16, or one that demo/train_vae.py" in error
+
+
+def test_encode_says_where_the_scale_is_from_and_which_sizes_mrar_needs(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    torch.save(new_vae(TINY).state_dict(), "bare.pt")
+    np.savez("s.npz", images=PIXELS, labels=LABELS)
+    encode = "vae.py encode --data s.npz --vae bare.pt"
+    for size, fits in ((16, True), (20, False)):
+        run_in_process(f"{encode} --image-size {size} --out {size}")
+        out = capsys.readouterr().out
+        assert "scale of the latents 0.2325, from the release: its file has none\n" in out
+        side = size // 2
+        assert (f"latents of {side} x {side}: MRAR needs a multiple of 4 (XS)" in out) == (not fits)
 
 
 def test_none_readable_is_an_error(tmp_path, monkeypatch, capsys):
