@@ -231,7 +231,7 @@ def report(args, samples, known, result):
     )
     for name, value in result.items():
         print(f"  {name:24}{value:10.4f}")
-    if known:
+    if known and "accuracy" not in result:
         print(f"{net} was trained on {shorten(known)}; of other images its numbers mean little")
     if len(samples) < 10_000:
         warning = "a distance of fewer than 10,000 samples is biased upwards"

@@ -15,7 +15,7 @@ from train import train, training_parser
 
 
 def main():
-    parser = training_parser(__doc__, "runs/mrar")
+    parser = training_parser(__doc__, "runs/mrar", ("XS MRAR", "MRAR"))
     add = parser.add_argument
     add("--init", default="runs/train", help="1-step checkpoint or run (default: %(default)s)")
     add(

@@ -547,16 +547,19 @@ class Run:
 
     def finish(self):
         self.bar.close()
-        say(f"complete at step {self.step}: python sample.py --ckpt {self.out} draws")
+        say(f"complete at step {self.step}; to draw: python sample.py --ckpt {self.out}")
         if WORLD > 1:  # torchrun kills the remaining ranks once one exits
             dist.barrier()
             dist.destroy_process_group()
 
 
 # -------------------------------------------------------------------------------- command line
-def training_parser(doc, out):
-    recipes = "\n".join(f"  {name}: {recipe}" for name, recipe in RECIPES.items())
-    parser = make_parser(doc, epilog=f"defaults:\n{recipes}")
+def training_parser(doc, out, recipes):
+    lines = ["defaults:"]
+    for name in recipes:
+        values = [f"{k.replace('_', '-')} {v:g}" for k, v in RECIPES[name].items()]
+        lines.append(f"  {name}: {', '.join(values)}")
+    parser = make_parser(doc, epilog="\n".join(lines))
     add = parser.add_argument
     count = bounded(int, 1)
     fraction = bounded(float, 0, 1)
@@ -565,7 +568,10 @@ def training_parser(doc, out):
         "--data",
         help="latent cache, or images to encode first (default: the bundled ones; not XS: latents)",
     )
-    add("--vae", help="VAE that encodes images; kl16: the released one (default: the bundled one)")
+    add(
+        "--vae",
+        help="VAE that encodes images; kl16: the released (default: the bundled, for its images)",
+    )
     add("--image-size", type=count, help="pixels (default: the cache's, or the VAE's own)")
     add(
         "--mirror",
@@ -613,7 +619,7 @@ def training_parser(doc, out):
 
 
 def main():
-    parser = training_parser(__doc__, "runs/train")
+    parser = training_parser(__doc__, "runs/train", ("XS 1-step", "1-step", "512 px"))
     parser.add_argument("--init", help="checkpoint or run whose EMA weights to start from")
     parser.add_argument(
         "--only-decoder", action="store_true", default=None, help="the 512 px recipe"

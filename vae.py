@@ -573,8 +573,11 @@ def main():
     add = parser.add_argument
     add("command", choices=["encode"])
     add("--data", default=str(DEMO_DATA), help="images (default: %(default)s)")
-    add("--vae", help="VAE; kl16: the released one, fetched once (default: the bundled one)")
-    add("--out", default="runs/latents", help="cache folder to write or resume (%(default)s)")
+    add(
+        "--vae",
+        help="VAE; kl16: the released one, fetched once (default: the bundled one for its images)",
+    )
+    add("--out", default="runs/latents", help="folder to write or resume (default: %(default)s)")
     add("--image-size", type=bounded(int, 1), help="pixels (default: those of the VAE's training)")
     add("--batch-size", type=bounded(int, 1), default=32, help="images (default: 32)")
     add(

@@ -643,7 +643,9 @@ def test_without_names_class_embeddings_are_kept_if_the_counts_agree(num_classes
 
 def test_a_start_from_weights_of_another_shape_is_refused(tmp_path):
     path = save(build(ONE_STEP), tmp_path / "narrow.pt")
-    with pytest.raises(UserError, match="narrow.pt: not a readable start of this model, .*'width': 32"):
+    with pytest.raises(
+        UserError, match="narrow.pt: not a readable start of this model, .*'width': 32"
+    ):
         start(build(dataclasses.replace(ONE_STEP, width=64)), path)
 
 

@@ -487,7 +487,7 @@ def test_a_million_images_take_little_more_time_and_memory_than_ten_thousand(tmp
     assert results[1_000_000][1] < results[10_000][1] + 100  # MB
 
 
-# ------------------------------------------------------------------------------------ fuzz and kills
+# ----------------------------------------------------------------------------------- fuzz and kills
 
 
 def corrupt(data, rng):
