@@ -265,11 +265,8 @@ def test_train_finetune_sample(project, command):
     data = "--data images.npz --vae vae.pt --batch-size 8 --log-every 1"
     out, err = command(f"train.py {data} --steps 3 --sample-every 2")
     run = project / "runs" / "train"
-    assert (
-        "encoding" in err
-        and "TransDiff-XS" in out
-        and "to draw: python sample.py --ckpt runs/train" in out
-    )
+    assert "encoding" in err and "TransDiff-XS" in out
+    assert "to draw: python sample.py --ckpt runs/train" in out
     assert re.search(r"latents from runs/latents-images-32-\w{16}, of ", out)
     pictures = {"samples-0000002.png", "samples-0000003.png"}
     files = {"last.pt", "ema.pt", "vae.pt", "log.csv", "lock"}
