@@ -188,9 +188,10 @@ def decode_last(model, vae, c, args, on_step):
 def conditions(model, labels, names, args, on_step):
     """{name of a column: c} of --features (Figure 1) or --fuse (Figure 5)."""
     if args.features:
+        most = model.config.tokens_per_image * args.refs
+        if max(args.features) > most:
+            raise UserError(f"--features: the last image is decoded from {most}, not more")
         c = encode_last(model, labels, args, on_step)
-        if max(args.features) > c.shape[1]:
-            raise UserError(f"--features: the last image is decoded from {c.shape[1]}, not more")
         return {f"first {k}": c[:, :k] for k in args.features}
     a, b = (encode_last(model, y, args, on_step) for y in labels.chunk(2))
     half = a.shape[1] // 2
