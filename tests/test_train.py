@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import functools
 import os
 import re
 import shutil
@@ -200,7 +199,6 @@ def test_a_batch_is_cut_until_it_fills_at_most_half_of_a_gpu(gigabytes, refs, on
 
 SHORT = "--data cache --batch-size 8 --log-every 1 --sample-every 0"
 CONSTANT_LR = "--warmup 0 --cooldown 0"
-count_flops = functools.cache(train.count_flops)  # half a second for each run
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +219,15 @@ def project(encoded, tmp_path, monkeypatch):
     """A copy of `encoded`, as the current folder."""
     shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "count_flops", count_flops)
     vae.open_part.cache_clear()  # of another test's folder
     return tmp_path
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """XS is smaller in this process: for tests of what does not depend on the size."""
+    size = dataclasses.replace(SIZES["XS"], width=32, heads=1, ar_depth=1, dit_depth=1)
+    monkeypatch.setitem(SIZES, "XS", size)
 
 
 def encode(name, images, labels, classes, vae_path="vae.pt"):
@@ -301,14 +305,24 @@ def test_train_finetune_sample(project, command):
     assert arrays["arr_1"].tolist() == [1, 1, 0, 0]
 
 
-def test_samples_are_drawn_before_the_first_row_of_the_log(project):
+def test_samples_are_drawn_before_the_first_row_of_the_log(project, tiny):
     flags = "--data cache --batch-size 8 --steps 2 --sample-every 1 --log-every 50"
     run_in_process(f"train.py {flags}")
     pictures = {path.name for path in Path("runs/train").glob("samples-*")}
     assert pictures == {"samples-0000001.png", "samples-0000002.png"}
 
 
-def test_epochs_give_the_length_of_a_run(project):
+def test_a_row_of_the_log_is_the_mean_since_the_last_row(project, tiny):
+    flags = "--data cache --batch-size 8 --steps 5 --sample-every 0"
+    run_in_process(f"train.py {flags} --log-every 1 --out each")
+    run_in_process(f"train.py {flags} --log-every 2 --out second")
+    assert column("second", "step") == ["2", "4", "5"]
+    losses = np.array(column("each", "loss"), float)
+    means = [losses[:2].mean(), losses[2:4].mean(), losses[4]]
+    np.testing.assert_allclose(np.array(column("second", "loss"), float), means, rtol=1e-5)
+
+
+def test_epochs_give_the_length_of_a_run(project, tiny):
     run_in_process(f"train.py {SHORT} --epochs 1")
     assert load_file("runs/train/last.pt")["step"] == 8  # 60 images, 8 per step
     run_in_process("train.py --resume --epochs 2")
@@ -318,9 +332,9 @@ def test_epochs_give_the_length_of_a_run(project):
 
 
 def first_step(world, accumulate):
-    """(loss, gradients in the optimizer's order) of step 1 of a run with SHORT, in plain form.
+    """(loss of rank 0, gradients in the optimizer's order) of step 1 of a run with SHORT.
 
-    Each process draws from its own seed; loss and gradient are means over all micro-batches.
+    In plain form: each process draws from its own seed; means over all micro-batches.
     """
     cache = LatentCache("cache")
     torch.manual_seed(0)
@@ -334,7 +348,7 @@ def first_step(world, accumulate):
             losses.append(net.loss(sample_posterior(m) * cache.scale, y))
     torch.stack(losses).mean().backward()
     groups = make_optimizer(net, 1.0).param_groups
-    logged = torch.stack(losses[:accumulate]).mean()  # that of rank 0
+    logged = torch.stack(losses[:accumulate]).mean()
     return logged.item(), [p.grad for group in groups for p in group["params"]]
 
 
@@ -403,17 +417,16 @@ def patched(patch):
 
 
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(project, command):
-    """SIGKILL, SIGTERM, Ctrl-C, and a kill while a checkpoint is written, each in step 4.
+    """SIGTERM, Ctrl-C, and a kill while a checkpoint is written, each in step 4.
 
     The same weights, EMA weights and moments of AdamW, bit for bit. Step 4 is the end of an epoch.
     """
     flags = "--data cache --batch-size 16 --log-every 1 --sample-every 0 --save-every 2 --steps 5"
     run_in_process(f"train.py {flags} --keep-every 3 --out whole")
     assert (project / "whole" / "ema-0000003.pt").exists()
-    ends = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "writing": -9}
-    for name, status in ends.items():
+    for name, status in {"SIGTERM": 143, "SIGINT": 130, "killed": -9}.items():
         patch = KILL_IN_A_CHECKPOINT
-        if name != "writing":
+        if name != "killed":
             patch = SIGNAL_IN_A_STEP.format(call=3, rank=0, number=f"signal.{name}")
         line = [patched(patch), ROOT / "train.py", *flags.split(), "--out", name]
         _, err = command(line, expect=status)
@@ -461,7 +474,9 @@ def test_a_second_command_in_the_folder_of_a_run_is_refused_while_the_first_runs
     assert load_file("run/last.pt")["step"] == step + 1
 
 
-def test_flags_that_would_make_a_resumed_run_another_one_are_refused(project, capsys, garments):
+def test_flags_that_would_make_a_resumed_run_another_one_are_refused(
+    project, tiny, capsys, garments
+):
     run_in_process(f"train.py {SHORT} --steps 2")
     before = Path("runs/train/last.pt").read_bytes()
 
@@ -489,7 +504,7 @@ def test_flags_that_would_make_a_resumed_run_another_one_are_refused(project, ca
     assert refused(resume) == "train.py: runs/train/last.pt: No such file or directory"
 
 
-def test_other_changes_of_a_resumed_run_are_answered_by_one_line_each(project, capsys):
+def test_other_changes_of_a_resumed_run_are_answered_by_one_line_each(project, tiny, capsys):
     run_in_process(f"train.py {SHORT} {CONSTANT_LR} --steps 1")
     capsys.readouterr()
     Path("cache").rename("moved")
@@ -508,7 +523,7 @@ def test_other_changes_of_a_resumed_run_are_answered_by_one_line_each(project, c
     assert column("runs/train", "lr") == ["0.002", "0.004", "0.004"]
 
 
-def test_a_checkpoint_is_due_every_15_minutes(project, monkeypatch):
+def test_a_checkpoint_is_due_every_15_minutes(project, tiny, monkeypatch):
     """The clock goes on by 10 minutes whenever it is read, which is at least once in a step."""
     seconds = iter(range(0, 10**6, 600))
     clock = SimpleNamespace(time=lambda: next(seconds), ctime=time.ctime)
@@ -536,7 +551,7 @@ def fail_in_step(step):
     return forward
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, tiny, capsys):
     flags = "--data cache --batch-size 8 --sample-every 0 --log-every 50 --steps 9 --save-every 1"
     run_in_process(f"train.py {flags} --lr 1e18 --warmup 0", expect=2)
     message = r"the loss or gradient of step \d+ is not finite; --resume with a smaller --lr"
@@ -545,7 +560,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, capsy
     assert last["step"] < 9 and all(torch.isfinite(v).all() for v in last["model"].values())
 
 
-def test_chains_of_16_are_resumed_without_naming_their_length(project, capsys, garments):
+def test_chains_of_16_are_resumed_without_naming_their_length(project, tiny, capsys, garments):
     np.savez("images.npz", images=garments[0], labels=garments[1] // 5)  # 30 of each class
     flags = "--data images.npz --vae vae.pt --batch-size 2 --sample-every 0 --steps 1"
     run_in_process(f"train.py {flags}")
@@ -642,7 +657,7 @@ def test_two_processes_encode_images_before_they_form_a_group(project, command, 
 # --------------------------------------------------------------------------- images and their cache
 
 
-def test_other_images_or_another_vae_are_encoded_anew(project, garments, capsys):
+def test_other_images_or_another_vae_are_encoded_anew(project, tiny, garments, capsys):
     """train.py takes a cache of its own again for the same images and VAE alone, and says so."""
     flags = "--data images.npz --vae vae.pt --batch-size 8 --sample-every 0 --steps 1"
 
@@ -667,7 +682,7 @@ def test_other_images_or_another_vae_are_encoded_anew(project, garments, capsys)
     assert "demo/vae.pt: not the VAE of this model's latents" in capsys.readouterr().err
 
 
-def test_pictures_replaced_under_the_same_names_are_encoded_anew(project, capsys):
+def test_pictures_replaced_under_the_same_names_are_encoded_anew(project, tiny, capsys):
     flags = "--data photos --vae vae.pt --batch-size 4 --sample-every 0 --steps 1"
 
     def train_on(colour, out):
@@ -692,7 +707,7 @@ def test_pictures_replaced_under_the_same_names_are_encoded_anew(project, capsys
     assert again == black and path == new and "Feb 20 20:20:20 2020" in date
 
 
-def test_a_run_that_starts_anew_takes_the_vae_of_its_own_latents(project, garments):
+def test_a_run_that_starts_anew_takes_the_vae_of_its_own_latents(project, tiny, garments):
     """A run of another VAE in this folder was stopped before its first checkpoint."""
     run_in_process(f"train.py {SHORT} --steps 1")
     Path("runs/train/last.pt").unlink()
@@ -703,7 +718,7 @@ def test_a_run_that_starts_anew_takes_the_vae_of_its_own_latents(project, garmen
     assert Path("runs/train/vae.pt").read_bytes() == Path("vae.pt").read_bytes()
 
 
-def test_no_mirror_is_remembered_by_resume_and_by_stage_2(project, capsys):
+def test_no_mirror_is_remembered_by_resume_and_by_stage_2(project, tiny, capsys):
     """The mirror images of this cache are NaN: who reads one is stopped."""
     part = np.load("cache/00000.npy")
     part[:, 1] = np.nan
@@ -720,12 +735,14 @@ def test_no_mirror_is_remembered_by_resume_and_by_stage_2(project, capsys):
 # ----------------------------------------------------------------- classes without images, held out
 
 
-def test_classes_without_images_are_named_and_never_drawn(project, garments, capsys):
+def test_classes_without_images_are_named_and_never_drawn(project, tiny, garments, capsys):
     """Labels 1 to 3: there is a class 0, without images."""
     labels = np.minimum(garments[1] // 3 + 1, 3)
     encode("gap", garments[0], labels, ["0", "1", "2", "3"])
     run_in_process("train.py --data gap --batch-size 8 --steps 1")
     assert "1 of 4 classes have no images: 0\n" in capsys.readouterr().out
+    height = Image.open("runs/train/samples-0000001.png").height
+    assert 3 * 64 <= height < 4 * 64  # three rows of images, each 32 px enlarged twice
     run_in_process("finetune_mrar.py --batch-size 4 --steps 1")
     assert "1 of 4 classes have no images, or fewer than 4: 0\n" in capsys.readouterr().out
     for run in ("runs/train", "runs/mrar/ema.pt"):
@@ -738,7 +755,7 @@ def test_classes_without_images_are_named_and_never_drawn(project, garments, cap
         assert message in last_line(capsys.readouterr().err)
 
 
-def test_a_class_emptied_by_holdout_is_one_without_images(project, garments, capsys):
+def test_a_class_emptied_by_holdout_is_one_without_images(project, tiny, garments, capsys):
     _, held_out = split(np.zeros(60, int), 0.2)
     labels = np.zeros(60, int)
     labels[held_out[0]] = 1
@@ -750,7 +767,7 @@ def test_a_class_emptied_by_holdout_is_one_without_images(project, garments, cap
 
 
 def test_classes_too_small_to_be_held_out_are_left_out_of_the_held_out_loss(
-    project, garments, capsys
+    project, tiny, garments, capsys
 ):
     """Class b has 4 images to train on and one held out: no chain of 4 to be measured."""
     kept, held_out = split(np.zeros(60, int), 0.2)
@@ -773,6 +790,20 @@ def test_classes_too_small_to_be_held_out_are_left_out_of_the_held_out_loss(
     assert load_checkpoint("m").info["empty"] == [1]
 
 
+def test_classes_too_small_for_a_chain_are_left_out_of_stage_2(project, tiny, garments, capsys):
+    encode("small", garments[0], np.arange(60) // 57, ["many", "few"])
+    run_in_process("train.py --data small --batch-size 8 --steps 1 --sample-every 0")
+    assert "no images" not in capsys.readouterr().out
+    run_in_process("finetune_mrar.py --batch-size 4 --steps 1")  # draws samples too
+    assert "1 of 2 classes have no images, or fewer than 4: few\n" in capsys.readouterr().out
+    run_in_process("sample.py --ckpt runs/train --class few --n 1 --steps 1")
+    run_in_process("sample.py --ckpt runs/mrar --class few", expect=2)
+    message = "--class few: this model was trained on the classes many"
+    assert message in last_line(capsys.readouterr().err)
+    run_in_process("finetune_mrar.py --steps 1 --refs 64 --out other", expect=2)
+    assert "no class has 64 images to train on" in last_line(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("holdout,message", [
     ("0.01", "--holdout 0.01: no class has 1 held-out images"),
     ("1", "no class has 1 images to train on (--holdout 1.0)"),
@@ -783,15 +814,19 @@ def test_a_holdout_of_no_image_or_of_all_is_refused(holdout, message, project, g
     assert message in last_line(capsys.readouterr().err)
 
 
-def test_the_loss_of_held_out_images_is_logged_and_does_not_depend_on_a_stop(project):
+def test_the_loss_of_held_out_images_is_logged_and_does_not_depend_on_a_stop(project, tiny):
     flags = f"--data cache --batch-size 8 --log-every 1 --holdout 0.3 {CONSTANT_LR}"
     run_in_process(f"train.py {flags} --sample-every 2 --steps 4 --out whole")
-    run_in_process(f"train.py {flags} --sample-every 2 --steps 3 --out stopped")
+    run_in_process(f"train.py {flags} --sample-every 2 --steps 2 --out stopped")
     run_in_process("train.py --resume --steps 4 --out stopped")
     whole, stopped = (column(run, "holdout_loss") for run in ("whole", "stopped"))
     assert [bool(value) for value in whole] == [False, True, False, True]  # with the pictures
     assert float(whole[3]) > 0 and stopped[1] == whole[1] and stopped[3] == whole[3]
     assert column("whole", "loss") == column("stopped", "loss")
+    # It always has the same draws: of weights that stay, it stays.
+    run_in_process(f"train.py {flags} --sample-every 1 --steps 2 --lr 0 --out still")
+    first, second = column("still", "holdout_loss")
+    assert first == second
 
 
 # ---------------------------------------------------------------------------- starting from a model
@@ -801,7 +836,7 @@ def embeddings(path):
     return weights(path)["ar.class_embedding.weight"]
 
 
-def test_init_gives_a_class_the_embedding_of_its_name(project, garments, capsys):
+def test_init_gives_a_class_the_embedding_of_its_name(project, tiny, garments, capsys):
     """The learning rate is 0: the weights after a step are those before it."""
     run_in_process(f"train.py {SHORT} --steps 1 --seed 1")
     old = load_file("runs/train/last.pt")["model_ema"]["ar.class_embedding.weight"]
@@ -859,15 +894,16 @@ def test_the_wrong_vae_for_init_is_found_before_images_are_encoded(project, caps
     """ema.pt does not know its images, so the bundled ones are taken, with the bundled VAE."""
     run_in_process(f"train.py {SHORT} --steps 1")
     save_small_vae("other.pt", seed=1)
-    for flags in ("", "--data images.npz --vae other.pt"):
+    for data in ("--data images.npz --vae other.pt", ""):
         capsys.readouterr()
+        flags = f"{data} --steps 1 --batch-size 2"
         run_in_process(f"finetune_mrar.py --init runs/train/ema.pt {flags}", expect=2)
         message = "--init runs/train/ema.pt: was trained on the latents of another VAE"
         assert message in last_line(capsys.readouterr().err)
         assert sorted(path.name for path in Path("runs").iterdir()) == ["train"]
 
 
-def test_only_decoder_trains_the_decoder_at_another_resolution(project, capsys):
+def test_only_decoder_trains_the_decoder_at_another_resolution(project, tiny, capsys):
     """The 512 px recipe in small: the AR Transformer is kept, the decoder's positions grow."""
     run_in_process(f"train.py {SHORT} --steps 1")
     before = load_file("runs/train/last.pt")["model_ema"]
@@ -875,6 +911,7 @@ def test_only_decoder_trains_the_decoder_at_another_resolution(project, capsys):
     flags = "--steps 2 --lr 1e-3 --warmup 0 --out large --only-decoder"
     run_in_process(f"train.py {data} {flags} --init runs/train")
     assert "decoder positions interpolated, 8 -> 16" in capsys.readouterr().out
+    run_in_process("train.py --resume --steps 3 --out large")
     after = weights("large/last.pt")
     assert after["decoder.positions"].shape[1] == 256
     kept = {k: v for k, v in before.items() if not k.startswith("decoder.")}
