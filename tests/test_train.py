@@ -832,10 +832,6 @@ def test_the_loss_of_held_out_images_is_logged_and_does_not_depend_on_a_stop(pro
 # ---------------------------------------------------------------------------- starting from a model
 
 
-def embeddings(path):
-    return weights(path)["ar.class_embedding.weight"]
-
-
 def test_init_gives_a_class_the_embedding_of_its_name(project, tiny, garments, capsys):
     """The learning rate is 0: the weights after a step are those before it."""
     run_in_process(f"train.py {SHORT} --steps 1 --seed 1")
