@@ -19,7 +19,8 @@ TINY = f"{SCRIPT} --data s.npz --image-size 4 --batch-size 2"  # latents of 1 x 
 
 # python run.py STOP train_vae.py ...: checkpoints every 5 steps; STOP 1: Ctrl-C after the first.
 RUN = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 stop = int(sys.argv[1])
 sys.argv = sys.argv[2:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
