@@ -590,7 +590,7 @@ def test_many_corrupted_files(small):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encode", "train"])
 def test_random_kills_of_encoding_and_training(small, kind):
-    """20 times SIGKILL, SIGTERM or SIGINT at random moments.
+    """Ten times SIGKILL, SIGTERM or SIGINT at random moments.
 
     Each finished run equals one that was left alone.
     """
@@ -600,7 +600,7 @@ def test_random_kills_of_encoding_and_training(small, kind):
     first = again = "vae.py encode --data many.npz --vae vae.pt --out"
     if kind == "train":
         every = "--save-every 5 --log-every 5 --sample-every 0"
-        first = f"train.py --data cache --steps 300 --batch-size 8 {every} --out"
+        first = f"train.py --data cache --steps 150 --batch-size 8 {every} --out"
         again = "train.py --resume --out"
 
     def start(line, out):
@@ -627,7 +627,7 @@ def test_random_kills_of_encoding_and_training(small, kind):
     seconds = time.time() - began
     kills = 0
     assert process.returncode == 0
-    while kills < 20:
+    while kills < 10:
         process = start_or_resume()
         try:
             early, late = rng.uniform(2.0, 5.0), rng.uniform(0.3 * seconds, seconds)
@@ -638,11 +638,13 @@ def test_random_kills_of_encoding_and_training(small, kind):
         err = process.communicate()[1]
         assert process.returncode in (0, -9, -15, -2, 130, 143), err
         assert "Traceback" not in err or process.returncode < 0, err
-        if process.returncode == 0:  # finished: compare, and start anew
+        # Finished, perhaps killed just after that: compare, and start anew.
+        if process.returncode == 0 or Path("killed", "cache.json").exists():
             compare()
             shutil.rmtree("killed")
-        for path in Path("killed").glob("*.pt"):
-            load_file(path)
+        if kind == "train":
+            for path in Path("killed").glob("*.pt"):
+                load_file(path)
     process = start_or_resume()
     process.communicate()
     assert process.returncode == 0
