@@ -127,7 +127,9 @@ def open_chains(args, cache):
         reason = f"no class has {args.refs} images to train on (--holdout {args.holdout})"
         raise UserError(f"--data {args.data}: {reason}")
     if args.holdout and not held_out.chains_per_epoch:
-        raise UserError(f"--holdout {args.holdout}: no class has {args.refs} held-out images")
+        say(
+            f"--holdout {args.holdout}: no class has {args.refs} held-out images, so no loss of them"
+        )
     if empty:
         few = "" if args.refs == 1 else f", or fewer than {args.refs}"
         say(f"{len(empty)} of {len(cache.classes)} classes have no images{few}: {shorten(empty)}")
@@ -483,7 +485,7 @@ class Run:
         images = rate * self.args.batch_size * self.args.refs
         tflops = rate * self.flops / 1e12
         memory = torch.cuda.max_memory_allocated() / 1e9 or math.nan
-        holdout = self.holdout_loss() if self.args.holdout and sample else math.nan
+        holdout = self.holdout_loss() if sample and self.held_out.chains_per_epoch else math.nan
         row = [self.step, self.step / self.epoch, loss, grad_norm.item(), lr]
         row += [images, tflops, memory, holdout]
         self.rows.append(",".join(f"{x:.6g}" for x in row).replace("nan", ""))

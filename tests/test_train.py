@@ -804,13 +804,16 @@ def test_classes_too_small_for_a_chain_are_left_out_of_stage_2(project, tiny, ga
     assert "no class has 64 images to train on" in last_line(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("holdout,message", [
-    ("0.01", "--holdout 0.01: no class has 1 held-out images"),
-    ("1", "no class has 1 images to train on (--holdout 1.0)"),
-])  # fmt: skip
-def test_a_holdout_of_no_image_or_of_all_is_refused(holdout, message, project, garments, capsys):
+def test_a_holdout_without_a_chain_has_no_loss_and_one_of_all_is_refused(
+    project, tiny, garments, capsys
+):
     encode("few", garments[0][:9], garments[1][:9], ["a", "b"])
-    run_in_process(f"train.py --data few --batch-size 3 --holdout {holdout}", expect=2)
+    flags = "train.py --data few --batch-size 3 --steps 1 --sample-every 1 --holdout"
+    run_in_process(f"{flags} 0.01")
+    assert "--holdout 0.01: no class has 1 held-out images" in capsys.readouterr().out
+    assert column("runs/train", "holdout_loss") == [""]
+    run_in_process(f"{flags} 1 --out all", expect=2)
+    message = "no class has 1 images to train on (--holdout 1.0)"
     assert message in last_line(capsys.readouterr().err)
 
 
