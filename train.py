@@ -127,9 +127,7 @@ def open_chains(args, cache):
         reason = f"no class has {args.refs} images to train on (--holdout {args.holdout})"
         raise UserError(f"--data {args.data}: {reason}")
     if args.holdout and not held_out.chains_per_epoch:
-        say(
-            f"--holdout {args.holdout}: no class has {args.refs} held-out images, so no loss of them"
-        )
+        say(f"--holdout {args.holdout}: no class has {args.refs} held-out images to measure")
     if empty:
         few = "" if args.refs == 1 else f", or fewer than {args.refs}"
         say(f"{len(empty)} of {len(cache.classes)} classes have no images{few}: {shorten(empty)}")
