@@ -11,7 +11,6 @@ Samples and reference are folders of images or .npz files of uint8 images (arr_0
 TorchScript file is a program that runs when it is loaded: name only networks that you trust.
 """
 
-import sys
 from pathlib import Path
 
 # model comes before torch: it sets how OpenMP's threads wait.
@@ -57,7 +56,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(p):
-    """exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016): mean and deviation of ten parts.
+    """exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016), the mean over ten parts.
 
     p  class probabilities [N, K]
 
@@ -71,7 +70,7 @@ def inception_score(p):
         p_y = part.mean(0)
         kl = torch.xlogy(part, part).sum(1).mean() - torch.xlogy(p_y, p_y).sum()
         scores.append(kl.exp().item())
-    return np.mean(scores), np.std(scores)
+    return np.mean(scores)
 
 
 def precision_recall(samples, reference, k=3, device="cpu"):
@@ -123,17 +122,14 @@ def extract(net, images, args, device):
     """Features [N, D] and class probabilities [N, K], float32 on the CPU, of all images."""
     features = []
     probs = []
-    loader = DataLoader(images, args.batch_size, num_workers=args.workers)
+    loader = DataLoader(images, 64, num_workers=args.workers)
     # TorchScript would spend its first calls on profiling itself.
     with torch.jit.optimized_execution(False):
         for x in tqdm(loader, unit="batch", desc=f"features of {images.path}"):
             x = x.permute(0, 3, 1, 2).contiguous().to(device)
             features.append(net(x, return_features=True).float().cpu())
             probs.append(net(x, no_output_bias=True).float().cpu())
-    features = torch.cat(features)
-    if not features.isfinite().all():
-        raise UserError(f"{images.path}: the network gives numbers that are not finite")
-    return features, torch.cat(probs)
+    return torch.cat(features), torch.cat(probs)
 
 
 def open_reference(path, made_with, width, shape):
@@ -150,10 +146,12 @@ def open_reference(path, made_with, width, shape):
                 stats = [torch.from_numpy(data[k]).double() for k in ("mu", "sigma")]
     if stats:
         if theirs != made_with:
-            remedy = "make them again: --save-stats, with this --net and --image-size"
-            raise UserError(f"--ref {path}: statistics of {theirs}, not of {made_with}; {remedy}")
-        if stats[1].shape != (width, width) or not sum(stats).isfinite().all():
-            raise UserError(f"--ref {path}: mu or sigma is not finite, or not of {width} features")
+            raise UserError(
+                f"--ref {path}: statistics of {theirs}, not of {made_with}; make them again: "
+                "--save-stats, with this --net and --image-size"
+            )
+        if stats[1].shape != (width, width):
+            raise UserError(f"--ref {path}: its sigma is not of {width} features")
         if not has_images:
             return None, stats
     reference = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
@@ -172,14 +170,8 @@ def parse():
     add("--json", metavar="FILE", help="also write the numbers to this file")
     add("--save-stats", metavar="F.npz", help="write mean and covariance of the samples' features")
     add("--image-size", type=bounded(int, 1), help="crop all images to N x N pixels")
-    add("--batch-size", type=bounded(int, 1), default=64, help="images at once (default: 64)")
     add("--workers", type=bounded(int, 0), default=0, help="processes to read images (default: 0)")
-    args = parser.parse_args()
-    if not args.ref and not args.save_stats:
-        raise UserError("--ref: give a reference (or --save-stats F.npz)")
-    if args.ref and not Path(args.ref).exists():
-        raise UserError(f"--ref {args.ref}: no such file or folder")
-    return args
+    return parser.parse_args()
 
 
 def main():
@@ -200,7 +192,7 @@ def main():
     features, p = extract(net, samples, args, device)
     mu, sigma = mean_and_covariance(features)
     name = "" if args.net else "inception_"
-    result = dict(zip((f"{name}score", f"{name}score_std"), inception_score(p)))
+    result = {f"{name}score": inception_score(p)}
     if reference:
         ref_features, _ = extract(net, reference, args, device)
         stats = stats or mean_and_covariance(ref_features)
@@ -234,8 +226,7 @@ def report(args, samples, known, result):
     if known and "accuracy" not in result:
         print(f"{net} was trained on {shorten(known)}; of other images its numbers mean little")
     if len(samples) < 10_000:
-        warning = "a distance of fewer than 10,000 samples is biased upwards"
-        print(f"fid.py: warning: {warning}", file=sys.stderr)
+        print("warning: a distance of fewer than 10,000 samples is biased upwards")
 
 
 if __name__ == "__main__":

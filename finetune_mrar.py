@@ -24,6 +24,11 @@ def main():
         choices=(4, 16, 64),
         help="images in a chain (default: 4, best in Fig. 6)",
     )
+    add(
+        "--chains",
+        help="images (default): of a class, at random; scales: scale AR (Table 4); or a file: the "
+        "release's list of chains",
+    )
     parser.set_defaults(only_decoder=False)
     args = parser.parse_args()
     if not args.resume and not Path(args.init).exists():

@@ -62,9 +62,8 @@ class Config:
     dit_depth: int = 12  # blocks of the DiT decoder
     num_classes: int = 1000
     refs: int = 1  # images in a chain: 1 (1-step AR), 4 (MRAR), 16 or 64
-    cond_tokens: int = (
-        256  # length of c over the chain: h w of Eq. 9; 256 at 512 px too, as released
-    )
+    # Length of c over the chain: h w of Eq. 9; 256 at 512 px too, as released.
+    cond_tokens: int = 256
     class_tokens: int = 64  # copies of the class embedding at the start of the input
     latent_channels: int = 16
     latent_size: int = 16  # side of the square latent: 16 at 256 px, 32 at 512 px
@@ -72,8 +71,6 @@ class Config:
     label_drop_prob: float = 0.1  # probability of training a chain with the null class
 
     def __post_init__(self):
-        if self.refs not in (1, 4, 16, 64):
-            raise UserError(f"refs {self.refs}: must be 1, 4, 16 or 64")
         side = math.isqrt(self.tokens_per_image)
         if self.refs > 1 and (self.refs * side**2 != self.cond_tokens or self.latent_size % side):
             raise UserError(
@@ -109,10 +106,10 @@ SIZES = {
         latent_size=8,
         dropout=0.0,
     ),
-    # Appendix B; the number of heads from the release.
-    "B": Config(width=768, heads=12, ar_depth=24, dit_depth=12),
-    "L": Config(width=1024, heads=16, ar_depth=32, dit_depth=16),
-    "H": Config(width=1280, heads=16, ar_depth=40, dit_depth=20),
+    # Appendix B: width, heads (from the release), depth of the AR Transformer, of the DiT.
+    "B": Config(768, 12, 24, 12),
+    "L": Config(1024, 16, 32, 16),
+    "H": Config(1280, 16, 40, 20),
 }
 
 
@@ -151,14 +148,7 @@ def attention(q, k, v, heads, mask=None, dropout=0.0):
     Returns [B, Q, D].
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, d]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512:
-        # On a CPU the fused kernel is 1.5 times slower than the formula, for bf16 and few keys.
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        x = F.dropout(scores.softmax(dim=-1), dropout) @ v
-    else:
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return x.transpose(1, 2).flatten(2)
 
 
@@ -437,8 +427,9 @@ def default_sampling(config):
     """Settings of `sample` of a new model or a released one; files of ours carry their own."""
     shape = (config.width, config.refs, config.latent_size)
     cfg, s1, s2 = PUBLISHED.get(shape, (1.30, 0.87, 0.91))
-    sampler = "euler-maruyama"
-    return dict(steps=100, cfg=cfg, cfg_below=1.0, null_refs=True, s1=s1, s2=s2, sampler=sampler)
+    return dict(
+        steps=100, cfg=cfg, cfg_below=1.0, null_refs=True, s1=s1, s2=s2, sampler="euler-maruyama"
+    )
 
 
 class TransDiff(nn.Module):
@@ -448,7 +439,8 @@ class TransDiff(nn.Module):
     (the paper writes "causal"), and c of `width` numbers per token (the paper: d f f).
 
     sampling  settings of `sample` that fit these weights; checkpoints carry them
-    info      of a checkpoint: step, classes (names), empty (classes never trained), vae_digest
+    info      of a checkpoint: step, classes (names), empty (classes never trained), chains (kind),
+              vae_digest
     """
 
     def __init__(self, config):
@@ -577,11 +569,10 @@ class TransDiff(nn.Module):
             v_null = self.decoder(x, t_, null_keys_values)[:, 0].float()
             return v_null + cfg * (v - v_null)  # the drift is affine in v: this mixes drifts
 
-        if steps < 1 or sampler not in ("euler-maruyama", "adams-bashforth"):
-            names = "euler-maruyama or adams-bashforth"
-            raise UserError(f"sampler {sampler}: must be {names}; steps {steps}: 1 or more")
         if sampler == "adams-bashforth":
             return adams_bashforth(velocity, noise, steps)
+        if sampler != "euler-maruyama":
+            raise UserError(f"sampler {sampler}: must be euler-maruyama or adams-bashforth")
         return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
 
     @torch.no_grad()
@@ -595,8 +586,8 @@ class TransDiff(nn.Module):
         noise       [B, C, H, W], standard normal: every image of a chain starts from it, as in the
                     release (default: drawn by the noise_sampler)
         references  latents [B, k, C, H, W], k < refs: the first images of the chains
-        settings    as for decode; of these, cfg may be a list, one for each image; and null_refs:
-                    the null class sees the references too, as in the release
+        settings    as for decode, where cfg may be a list, one number for each image; and
+                    null_refs: the null class sees the references too, as in the release
                     (default, and where None: self.sampling)
         Returns the chain [B, refs, C, H, W].
         """
@@ -604,9 +595,10 @@ class TransDiff(nn.Module):
         refs = config.refs if refs is None else refs
         settings = self.merge_settings(settings)
         null_refs = settings.pop("null_refs")
-        cfg = settings.pop("cfg")
-        cfgs = cfg if isinstance(cfg, (list, tuple)) else [cfg] * refs
-        self.check_sample(labels, refs, cfgs, references)
+        cfgs = np.ravel(settings.pop("cfg")).tolist()
+        if len(cfgs) == 1:
+            cfgs = cfgs * refs
+        self.check_sample(labels, refs, cfgs)
         if noise is None:
             noise_sampler = settings.get("noise_sampler", torch.randn_like)
             noise = noise_sampler(
@@ -637,10 +629,9 @@ class TransDiff(nn.Module):
             )
         return merged
 
-    def check_sample(self, labels, refs, cfgs, references):
+    def check_sample(self, labels, refs, cfgs):
         config = self.config
-        given = 0 if references is None else references.shape[1]
-        if not given <= refs <= config.refs:
+        if not 0 <= refs <= config.refs:
             raise UserError(
                 f"refs {refs}: this model draws chains of 1 to {config.refs} images; "
                 "finetune_mrar.py trains one for longer chains"
@@ -732,8 +723,7 @@ def checkpoint_path(path, name="ema.pt"):
 def load_state(path, ema=True):
     """(config, float32 weights under our names, the other entries) of a model's checkpoint."""
     ckpt = load_file(path)
-    has = shorten(list(ckpt), 6)
-    with user_file(path, f"TransDiff model, it has {has}"):
+    with user_file(path, f"TransDiff model, it has {shorten(list(ckpt))}"):
         state = read_weights(ckpt, "model_ema" if ema else "model", "model")
         for theirs, ours in RELEASED_NAMES:
             for name in [k for k in state if k.startswith(theirs)]:
@@ -759,7 +749,7 @@ def load_checkpoint(path, device="cpu", ema=True):
         model = TransDiff(config)
     with user_file(path, "TransDiff model"):
         model.load_state_dict(state, assign=True)
-    info = ("step", "classes", "vae_digest", "empty")
+    info = ("step", "classes", "vae_digest", "empty", "chains")
     model.info.update({k: v for k, v in ckpt.items() if k in info})
     model.sampling.update(ckpt.get("sampling", {}))
     return model.to(device).eval().requires_grad_(False)
@@ -786,7 +776,7 @@ def user_file(path, kind):
         reason = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, KeyError):
             reason = f"no {reason}"
-        raise UserError(f"{path}: not a readable {kind} ({reason[:200]})") from e
+        raise UserError(f"{path}: not a usable {kind} ({reason[:200]})") from e
 
 
 def run_main(main):
@@ -825,10 +815,10 @@ def atomic_write(path, write):
             os.fsync(f.fileno())
         tmp.replace(path)
     except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
-        reason = getattr(e, "strerror", None) or f"disk full? {str(e).splitlines()[0]}"
+        reason = str(e).splitlines()[0]
         raise OSError(f"{path}: could not be written ({reason})") from e
     finally:
-        with contextlib.suppress(OSError):
+        if tmp.exists():
             tmp.unlink()
 
 
@@ -853,9 +843,9 @@ def lock(folder):
         raise UserError(f"{folder}: another command is writing to it; give another --out") from None
 
 
-def wait_for(paths):
-    """Wait until other processes have written these files."""
-    while not all(path.exists() for path in paths):
+def wait_until(condition):
+    """Wait for other processes, until condition() is true."""
+    while not condition():
         time.sleep(0.2)
 
 
@@ -869,12 +859,10 @@ def start_parts(folder, settings):
             atomic_write(path, lambda f: f.write(text.encode()))
         if path.read_text() != text:
             raise UserError(
-                f"{folder}: unfinished, of other inputs or settings; finish it with those, or "
-                "remove it"
+                f"{folder}: is of other inputs or settings; give another --out, or remove it"
             )
-    wait_for([path])
-    while path.read_text() != text:  # rank 0 has not written it yet, or will refuse it
-        time.sleep(0.2)
+    # Rank 0 may not have written it yet, or will refuse it.
+    wait_until(lambda: path.exists() and path.read_text() == text)
 
 
 def part_paths(folder, count):
@@ -890,7 +878,7 @@ def fetch(url, name):
     """Path of a download in torch's hub folder, made unless it is there; rank 0 of each machine."""
     path = Path(torch.hub.get_dir(), "transdiff", name)
     if LOCAL_RANK > 0:
-        wait_for([path])
+        wait_until(path.exists)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -915,30 +903,27 @@ def say(line):
         print(line)
 
 
-def shorten(names, n=20):
-    more = " ..." if len(names) > n else ""
-    return ", ".join(map(str, names[:n])) + more
+def shorten(names):
+    more = " ..." if len(names) > 20 else ""
+    return ", ".join(map(str, names[:20])) + more
 
 
 def class_index(flag, word, model):
-    """Index of a class of the model, given as its name in any case, or as its index.
+    """Index of a class of the model, given as its name or as its index.
 
     Names that are numbers are compared as numbers: of folders 01 ... 10, 1 is the first.
     """
 
     def fold(text):
-        return int(text) if text.isdecimal() else unicodedata.normalize("NFC", text).casefold()
+        return int(text) if text.isdecimal() else unicodedata.normalize("NFC", text)
 
     names = model.info["classes"]
     empty = model.info["empty"]
-    keys = [fold(name) for name in names]
-    index = None
-    if word in names:
-        index = names.index(word)
-    elif fold(word) in keys:
-        index = keys.index(fold(word))
-    elif fold(word) in range(len(names)) and not all(isinstance(key, int) for key in keys):
-        index = int(word)
+    choices = [fold(name) for name in names]
+    if not all(map(str.isdecimal, names)):  # else an index would be mistaken for a name
+        choices += range(len(names))
+    key = fold(word)
+    index = choices.index(key) % len(names) if key in choices else None
     if index is None or index in empty:
         trained = [name for k, name in enumerate(names) if k not in empty]
         raise UserError(f"{flag} {word}: this model was trained on the classes {shorten(trained)}")
@@ -969,10 +954,8 @@ def pick_device(name=None):
     """torch.device of --device; default: a GPU if there is one, under torchrun one per process."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
-    try:
+    with user_file(f"--device {name}", "device"):
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name}: is not available ({str(e).splitlines()[0]})") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -988,7 +971,7 @@ def pick_dtype(name, device):
 
 
 def autocast(device, dtype):
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
 def cast_weights(module, dtype):
@@ -1002,20 +985,19 @@ def cast_weights(module, dtype):
 def bounded(kind, low, high=2**62):
     """argparse type: an int or float from low to high."""
 
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high:g}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
+    return number
 
 
-def make_parser(doc, **options):
+def make_parser(doc):
     """ArgumentParser with the flags of all scripts."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, **options)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)"
     )

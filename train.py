@@ -12,14 +12,17 @@ import argparse
 import copy
 import dataclasses
 import functools
+import json
 import math
+import os
+import shutil
 import time
 from pathlib import Path
 
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import RANK, SIZES, WORLD, TransDiff, UserError, atomic_write, autocast, bounded
 from model import checkpoint_path, derive_seed, load_file, load_state, lock, make_parser
-from model import per_image_noise, pick_device, pick_dtype, run_main, say, sha256_prefix, shorten
+from model import pick_device, pick_dtype, run_main, say, sha256_prefix, shorten
 from model import user_file
 from vae import DEMO_DATA, LatentCache, encode_images, latents_to_images, load_vae, open_images
 from vae import sample_posterior, save_grid
@@ -30,7 +33,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # Defaults of the flags of these names. Epochs, lr, batch size: Appendix B; the rest, and 512 px:
@@ -59,7 +61,7 @@ def split(labels, holdout):
     return np.flatnonzero(readable & ~held_out), np.flatnonzero(readable & held_out)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Chains(Dataset):
     """Item s is the batch of step s, chains of `refs` images of a class.
 
@@ -67,6 +69,10 @@ class Chains(Dataset):
     class that do not fill a chain are left out. Step s takes the chains s B to (s + 1) B of the
     epochs in a row, and this process an equal part of them. All is a function of (seed, epoch or
     step): any step can be resumed.
+
+    Given the class, the images of such a chain are independent. So the best condition c_k is the
+    same for every k: references can tell nothing that the class does not. For chains in which they
+    can, see `growing_scales` and `read_chains`.
     """
 
     cache: LatentCache
@@ -77,28 +83,27 @@ class Chains(Dataset):
     mirror: bool = True
     rank: int = 0
     world: int = 1
+    listed: np.ndarray = None  # image indices [chains, refs] of an epoch; None: random chains
 
     def __post_init__(self):
-        labels = self.cache.labels[self.images]
-        self.counts = np.bincount(labels, minlength=len(self.cache.classes))
-        self.empty = np.flatnonzero(self.counts < self.refs)  # classes without a chain
-        self.chains_per_epoch = int((self.counts // self.refs).sum())
-        self.epoch = -1
+        chains = self.epoch_order(0)
+        self.chains_per_epoch = len(chains)
+        # Classes without a chain.
+        self.empty = np.setdiff1d(range(len(self.cache.classes)), self.cache.labels[chains])
 
+    @functools.lru_cache(2)
     def epoch_order(self, epoch):
         """Image indices [chains, refs] of one epoch."""
-        if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            images = rng.permutation(self.images)
-            labels = self.cache.labels[images]
-            images = images[np.argsort(labels, kind="stable")]  # by class, shuffled within it
-            chains = []
-            for members in np.split(images, np.cumsum(self.counts)[:-1]):
-                full = len(members) // self.refs * self.refs
-                chains.append(members[:full].reshape(-1, self.refs))
-            self.order = rng.permutation(np.concatenate(chains))
-            self.epoch = epoch
-        return self.order
+        rng = np.random.default_rng((self.seed, epoch))
+        if self.listed is not None:
+            return rng.permutation(self.listed)
+        images = rng.permutation(self.images)
+        images = images[np.argsort(self.cache.labels[images], kind="stable")]
+        labels = self.cache.labels[images]
+        place = np.arange(len(images)) - np.searchsorted(labels, labels)  # within its class
+        full = np.bincount(labels) // self.refs * self.refs
+        chains = images[place < full[labels]].reshape(-1, self.refs)
+        return rng.permutation(chains)
 
     def indices(self, step):
         """Image indices [b, refs] of this process's part of a step."""
@@ -117,19 +122,69 @@ class Chains(Dataset):
         return torch.from_numpy(moments), torch.from_numpy(self.cache.labels[indices[:, 0]])
 
 
+def growing_scales(latents):
+    """Chains of scale AR (Table 4): one image at 1/8, 1/4, 1/2 and all of its resolution.
+
+    The paper does not describe them. Here the latent is averaged, and enlarged again bilinearly.
+
+    latents  [B, 1, C, H, W]
+    Returns [B, 4, C, H, W].
+    """
+    x = latents[:, 0]
+    side = x.shape[-1]
+    scales = [F.adaptive_avg_pool2d(x, -(-side // n)) for n in (8, 4, 2, 1)]
+    return torch.stack([F.interpolate(s, size=side, mode="bilinear") for s in scales], dim=1)
+
+
+def read_chains(path, cache, images, refs):
+    """Image indices [chains, refs] of a list in the release's format.
+
+    A line is {"cate": a class folder, "files": [names of its files]}; suffixes are not compared.
+    Chains with images that are not among `images` are left out.
+    """
+    if not (cache.path / "names.json").exists():
+        raise UserError(f"--chains {path}: {cache.path} has no file names; encode a folder")
+    names = json.loads((cache.path / "names.json").read_text())
+    index = {os.path.splitext(names[i])[0]: i for i in images}
+    lines = Path(path).read_text().splitlines()
+    chains = []
+    for number, line in enumerate(lines, 1):
+        with user_file(f"{path}, line {number}", "chain"):
+            chain = json.loads(line)
+            names = [f"{chain['cate']}/{os.path.splitext(name)[0]}" for name in chain["files"]]
+            if len(names) != refs:
+                raise ValueError(f"it has {len(names)} files, refs is {refs}")
+        if all(name in index for name in names):
+            chains.append([index[name] for name in names])
+    rest = "the others have images that are absent, unreadable or held out"
+    if not chains:
+        raise UserError(f"--chains {path}: has no chain of images in {cache.path}; {rest}")
+    say(f"{path}: {len(chains)} of {len(lines)} chains; {rest}")
+    return np.array(chains)
+
+
 def open_chains(args, cache):
     """(chains to train on, chains held out)."""
     images, held_out = split(cache.labels, args.holdout)
-    chains = Chains(cache, images, args.refs, args.batch_size, args.seed, args.mirror, RANK, WORLD)
-    held_out = Chains(cache, held_out, args.refs, max(1, 512 // args.refs), 0, args.mirror)
+    refs = args.refs
+    listed = None
+    if args.chains == "scales":
+        refs = 1  # `growing_scales` makes a chain of it
+        if args.refs != 4:
+            raise UserError(f"--chains scales: has 4 images, not --refs {args.refs}")
+    elif args.chains != "images":
+        listed = read_chains(args.chains, cache, images, refs)
+    chains = Chains(
+        cache, images, refs, args.batch_size, args.seed, args.mirror, RANK, WORLD, listed
+    )
+    held_out = Chains(cache, held_out, refs, max(1, 512 // args.refs), 0, args.mirror)
     empty = [cache.classes[k] for k in chains.empty]
     if not chains.chains_per_epoch:
-        reason = f"no class has {args.refs} images to train on (--holdout {args.holdout})"
-        raise UserError(f"--data {args.data}: {reason}")
-    if args.holdout and not held_out.chains_per_epoch:
-        say(f"--holdout {args.holdout}: no class has {args.refs} held-out images to measure")
+        raise UserError(
+            f"--data {args.data}: no class has {refs} images to train on (--holdout {args.holdout})"
+        )
     if empty:
-        few = "" if args.refs == 1 else f", or fewer than {args.refs}"
+        few = "" if refs == 1 else f", or fewer than {refs}"
         say(f"{len(empty)} of {len(cache.classes)} classes have no images{few}: {shorten(empty)}")
     return chains, held_out
 
@@ -161,7 +216,7 @@ def update_ema(ema, model, decay):
 
 
 # -------------------------------------------------------------------------------- the loop
-def train(args):
+def train(args, model_class=TransDiff):
     """Train a model with the flags `args`, None where they are not given."""
     device = pick_device(args.device)
     # cuDNN's attention, which torch 2.11 prefers on H100, may round the dropout rate and give NaN
@@ -171,8 +226,8 @@ def train(args):
     resolve_flags(args, last, start, device)
     cache = open_cache(args, start, device)
     if WORLD > 1:  # after encoding, which may take longer than the group's time-out
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    model, ema, optimizer = build(args, cache, last, start, device)
+        dist.init_process_group()
+    model, ema, optimizer = build(args, cache, last, start, device, model_class)
     run = Run(args, cache, model, ema, optimizer, last, device)
     batches = DataLoader(
         run.chains,
@@ -194,17 +249,19 @@ def train(args):
         for i, (m, y) in enumerate(parts):
             # DDP: add up the gradients of all processes once per step.
             forward.require_backward_grad_sync = i == run.accumulate - 1
-            latents = sample_posterior(m.to(device, non_blocking=True)) * cache.scale
+            latents = run.latents(m)
             y = y.to(device, non_blocking=True)
             with autocast(device, args.dtype):
                 loss = forward(latents, y, batch_mul=args.batch_mul, t_distribution=args.t)
             (loss / run.accumulate).backward()
             mean_loss += loss.detach() / run.accumulate
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        run.check_finite(grad_norm)
+        if not grad_norm.isfinite():
+            raise UserError(
+                f"the gradient of step {step + 1} is not finite; --resume with a smaller --lr"
+            )
         optimizer.step()
-        # DDP's gradients are views of its buckets: None would cost a copy.
-        optimizer.zero_grad(set_to_none=WORLD == 1)
+        optimizer.zero_grad()
         # EMA warm-up, anew in each stage; the release's decay is constant.
         update_ema(ema, model, min(args.ema, (1 + step) / (10 + step)))
         run.after_step(mean_loss, grad_norm, lr)
@@ -216,10 +273,7 @@ def open_previous(args):
     """(last.pt of the resumed run, `load_state` of --init), each None where there is none."""
     path = Path(args.out, "last.pt")
     if args.resume:
-        last = load_file(path)
-        if "optimizer" not in last:
-            raise UserError(f"{path}: not the last.pt of a run, so it cannot be resumed")
-        return last, None
+        return load_file(path), None
     if path.exists():
         raise UserError(f"{path} exists: --resume continues that run; else give another --out")
     if args.init:
@@ -235,10 +289,11 @@ def resolve_flags(args, last, start, device):
 
     def fill(**values):
         for name, value in values.items():
-            overruled = name == "steps" and args.epochs
-            if getattr(args, name, None) is None and not overruled:
+            if getattr(args, name, None) is None:
                 setattr(args, name, value)
 
+    if args.epochs:
+        args.steps = 0  # overrules the steps of all layers
     # The resumed run's own flags.
     if last:
         answer_changes(args, last["args"])
@@ -259,12 +314,12 @@ def resolve_flags(args, last, start, device):
     cuda = device.type == "cuda"
     fill(dtype=pick_dtype(None, device), compile=cuda, workers=4 if cuda else 0)
     fill(data=str(DEMO_DATA) if args.size == "XS" else "latents")
-    fill(t="logit-normal", seed=0, holdout=0.0, mirror=True, log_every=50)
+    fill(t="logit-normal", chains="images", seed=0, holdout=0.0, mirror=True, log_every=50)
 
 
 def answer_changes(args, saved):
     """Refuse flags that would make the resumed run another one; print the other changes."""
-    fixed = ("size", "refs", "seed", "batch_size", "holdout", "mirror", "only_decoder")
+    fixed = "size refs chains seed batch_size holdout mirror only_decoder".split()
     for name, old in saved.items():
         new = getattr(args, name, None)
         if new not in (None, old):
@@ -278,11 +333,11 @@ def open_cache(args, start, device):
     """The cache at --data; images are encoded first, into a cache beside OUT named after them."""
     path = Path(args.data)
     if (path / "settings.json").exists() or not path.exists():
-        if args.vae or args.image_size:
-            raise UserError(f"--data {path}: is a cache; leave out --vae and --image-size")
+        if args.vae:
+            raise UserError(f"--data {path}: is a cache; leave out --vae")
         digest = LatentCache(path).info["vae_digest"]
     else:
-        images, vae = open_images(args, device)
+        images, vae = open_images(args.data, args.vae, device)
         digest = vae.digest
         cache_id = sha256_prefix((images.digest + digest).encode())
         path = Path(args.out).parent / f"latents-{path.stem}-{images.shape[0]}-{cache_id}"
@@ -291,10 +346,11 @@ def open_cache(args, start, device):
     if not (path / "cache.json").exists():
         encode_images(images, vae, path, device=device)
     say(f"latents from {path}, of {time.ctime((path / 'cache.json').stat().st_mtime)}")
+    args.data = str(path)
     return LatentCache(path)
 
 
-def build(args, cache, last, start, device):
+def build(args, cache, last, start, device, model_class):
     """(model, ema, optimizer): new, from --init, or as last.pt has them."""
     channels, size, _ = cache.latent_shape
     config = dataclasses.replace(
@@ -305,9 +361,11 @@ def build(args, cache, last, start, device):
         latent_size=size,
     )
     torch.manual_seed(args.seed)
-    model = TransDiff(config)
+    model = model_class(config)
     if args.size == "XS":
         model.sampling.update(XS_SAMPLING)
+    if args.chains == "scales":  # references carry the image, so guide by the class alone
+        model.sampling["null_refs"] = True
     if last:
         if not cache.info.items() <= last.items():
             raise UserError(f"{args.out}/last.pt is of other images than {cache.path} has")
@@ -335,16 +393,13 @@ def warm_start(model, start, classes, path):
     """
     old, state, ckpt = start
     new = model.config
-    state = dict(state)
     if old.refs == 1 and new.refs > 1:
         state["ar.mask_tokens"] = state["ar.mask_tokens"].expand(-1, new.tokens_per_image, -1)
         state.update({k: v for k, v in model.state_dict().items() if "reference_proj" in k})
-        say(f"{path}: mask embedding copied into {new.tokens_per_image} mask tokens")
     if old.latent_size != new.latent_size:
         grid = state["decoder.positions"].unflatten(1, (old.latent_size, -1)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=new.latent_size, mode="bicubic", align_corners=False)
         state["decoder.positions"] = grid.flatten(2).transpose(1, 2)
-        say(f"{path}: decoder positions interpolated, {old.latent_size} -> {new.latent_size}")
     names = ckpt.get("classes", classes if old.num_classes == new.num_classes else [])
     if names != classes:
         rows = model.ar.class_embedding.weight.clone()
@@ -354,8 +409,7 @@ def warm_start(model, start, classes, path):
         state["ar.class_embedding.weight"] = rows
         unknown = [name for name in classes if name not in names]
         say(f"{path}: class embeddings matched by name; new: {shorten(unknown)}")
-    different = {k: v for k, v in vars(old).items() if v != vars(new)[k]}
-    with user_file(path, f"start of this model, it has {different}"):
+    with user_file(path, "start of this model"):
         model.load_state_dict(state)
 
 
@@ -384,26 +438,14 @@ def micro_batches_needed(config, args, num_params, memory):
     memory  bytes of the GPU; 30 bytes per parameter hold weights, gradients, AdamW, EMA, buffers
     """
     local_batch = args.batch_size // WORLD
-    needed = local_batch * memory_per_chain(config, args.batch_mul, args.only_decoder)
     room = (memory - 30 * num_params) / 2
-    accumulate = 1
-    while needed > room * accumulate and local_batch % (2 * accumulate) == 0:
-        accumulate *= 2
-    return accumulate
-
-
-@functools.cache
-def count_flops(config, batch_mul):
-    """Floating-point operations of one chain, forward and backward."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        latents = torch.empty(1, config.refs, *config.latent_shape)
-        labels = torch.empty(1, dtype=torch.int64)
-        TransDiff(config).loss(latents, labels, batch_mul=batch_mul).backward()
-    return counter.get_total_flops()
+    fitting = room / memory_per_chain(config, args.batch_mul, args.only_decoder)
+    counts = (n for n in range(1, local_batch + 1) if local_batch % n == 0)
+    return next((n for n in counts if local_batch <= n * fitting), local_batch)
 
 
 # -------------------------------------------------------------------------------- around the loop
-COLUMNS = "step,epoch,loss,grad_norm,lr,images_per_second,tflops_per_gpu,memory_gb,holdout_loss"
+COLUMNS = "step,epoch,loss,grad_norm,lr,images_per_second,memory_gb,holdout_loss"
 
 
 class Run:
@@ -417,8 +459,9 @@ class Run:
         self.optimizer = optimizer
         self.device = device
         self.out = Path(args.out)
-        self.step = last["step"] if last else 0
-        self.rows = last["log"] if last else []
+        last = last or dict(step=0, log=[])
+        self.step = last["step"]
+        self.rows = last["log"]
         self.chains, self.held_out = open_chains(args, cache)
         self.epoch = self.chains.chains_per_epoch / args.batch_size  # in steps
         self.steps = args.steps or math.ceil(args.epochs * self.epoch)
@@ -430,28 +473,31 @@ class Run:
             memory = torch.cuda.get_device_properties(device).total_memory
             self.accumulate = micro_batches_needed(model.config, args, num_params, memory)
         if args.batch_size % (WORLD * self.accumulate):
-            multiple = f"a multiple of {WORLD} processes x --accumulate {self.accumulate}"
-            raise UserError(f"--batch-size {args.batch_size}: must be {multiple}")
-        self.flops = count_flops(model.config, args.batch_mul) * args.batch_size / WORLD
+            raise UserError(
+                f"--batch-size {args.batch_size}: must be a multiple of {WORLD} processes x "
+                f"--accumulate {self.accumulate}"
+            )
         if RANK == 0:
             lock(self.out)
             vae = (cache.path / "vae.pt").read_bytes()  # the folder is complete: it can be moved
             atomic_write(self.out / "vae.pt", lambda f: f.write(vae))
-        micro_batch = args.batch_size // WORLD // self.accumulate
         say(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {device.type}")
-        say(f"{len(self.chains.images):,} images of {len(cache.classes)} classes")
-        say(f"{self.steps} steps of {args.batch_size} chains of {args.refs}, {micro_batch} at once")
-        say(f"{self.steps / self.epoch:.1f} epochs in {args.dtype}, from step {self.step}")
+        say(
+            f"{self.steps / self.epoch:.1f} epochs of {len(self.chains.images):,} images of "
+            f"{len(cache.classes)} classes in {args.dtype}"
+        )
+        say(
+            f"{self.steps} steps of {args.batch_size} chains of {args.refs} in {self.accumulate} "
+            f"micro-batches, from step {self.step}"
+        )
         self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=RANK > 0)
         self.losses = []  # since the last row of the log
         self.started = self.saved = time.time()
 
-    def check_finite(self, grad_norm):
-        """Refuse a gradient that is not finite, before the optimiser touches the weights."""
-        if not math.isfinite(grad_norm):
-            self.bar.close()
-            remedy = "--resume with a smaller --lr"
-            raise UserError(f"the loss or gradient of step {self.step + 1} is not finite; {remedy}")
+    def latents(self, moments):
+        """Latents [B, refs, C, H, W], on the device, of a batch of moments."""
+        x = sample_posterior(moments.to(self.device, non_blocking=True)) * self.cache.scale
+        return growing_scales(x) if self.args.chains == "scales" else x
 
     def due(self, every):
         """Whether this is one of every so many steps, or the last; 0 and None: never."""
@@ -481,16 +527,14 @@ class Run:
         loss = torch.stack(self.losses).mean().item()
         rate = len(self.losses) / (time.time() - self.started)  # steps per second
         images = rate * self.args.batch_size * self.args.refs
-        tflops = rate * self.flops / 1e12
-        memory = torch.cuda.max_memory_allocated() / 1e9 or math.nan
+        memory = torch.cuda.max_memory_allocated() / 1e9  # 0 without a GPU
         holdout = self.holdout_loss() if sample and self.held_out.chains_per_epoch else math.nan
         row = [self.step, self.step / self.epoch, loss, grad_norm.item(), lr]
-        row += [images, tflops, memory, holdout]
+        row += [images, memory, holdout]
         self.rows.append(",".join(f"{x:.6g}" for x in row).replace("nan", ""))
         text = "\n".join([COLUMNS, *self.rows, ""])
         atomic_write(self.out / "log.csv", lambda f: f.write(text.encode()))
-        speed = f"{images:.0f} images/s, {tflops:.2f} TFLOP/s, {memory:.1f} GB"
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}".replace(", nan GB", ""))
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {images:.0f} images/s, {memory:.1f} GB")
         self.losses.clear()
         self.started = time.time()
 
@@ -499,9 +543,10 @@ class Run:
         """Loss of the EMA weights on 512 held-out images, always with the same draws."""
         torch.manual_seed(0)
         moments, labels = self.held_out[0]
-        latents = sample_posterior(moments.to(self.device)) * self.cache.scale
         with autocast(self.device, self.args.dtype):
-            loss = self.ema.loss(latents, labels.to(self.device), t_distribution=self.args.t)
+            loss = self.ema.loss(
+                self.latents(moments), labels.to(self.device), t_distribution=self.args.t
+            )
         return loss.item()
 
     def save(self):
@@ -511,22 +556,22 @@ class Run:
             config=dataclasses.asdict(self.model.config),
             sampling=self.model.sampling,
             step=self.step,
+            chains=self.args.chains,
             empty=self.chains.empty.tolist(),
         )
         weights = {k: v.half() for k, v in self.ema.state_dict().items()}
-        names = ["ema.pt"]
+        ema = dict(info, model=weights)
+        atomic_write(self.out / "ema.pt", lambda f: torch.save(ema, f))
         if self.due(self.args.keep_every):
-            names.append(f"ema-{self.step:07d}.pt")
-        for name in names:
-            atomic_write(self.out / name, lambda f: torch.save(dict(info, model=weights), f))
-        here = ("out", "resume", "init", "vae", "image_size", "device", "compile", "workers")
+            shutil.copy(self.out / "ema.pt", self.out / f"ema-{self.step:07d}.pt")
+        here = ("out", "resume", "init", "vae", "device", "compile", "workers")
         flags = {k: v for k, v in vars(self.args).items() if k not in here}
         last = dict(
             info,
             model=self.model.state_dict(),
             model_ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            args=dict(flags, data=str(self.cache.path)),
+            args=flags,
             log=self.rows,
         )
         atomic_write(self.out / "last.pt", lambda f: torch.save(last, f))
@@ -534,15 +579,15 @@ class Run:
 
     def draw_samples(self):
         """Draw four images of each of the first ten classes with the EMA weights."""
-        classes = np.flatnonzero(self.chains.counts >= self.args.refs)[:10]
+        classes = np.setdiff1d(range(self.model.config.num_classes), self.chains.empty)[:10]
         labels = torch.tensor(classes, device=self.device).repeat_interleave(4)
-        noise_sampler = per_image_noise(self.args.seed, range(len(labels)))
+        torch.manual_seed(self.args.seed)
         vae = load_vae(self.out / "vae.pt", self.device)
         with autocast(self.device, self.args.dtype):
-            chain = self.ema.sample(labels, noise_sampler=noise_sampler)
-        images = latents_to_images(vae, chain[:, -1].unflatten(0, (-1, 4)))
+            chain = self.ema.sample(labels)
+        images = latents_to_images(vae, chain[:, -1].unflatten(0, (-1, 4)))  # a class per row
         path = self.out / f"samples-{self.step:07d}.png"
-        save_grid(images, path, [self.cache.classes[k] for k in classes])
+        save_grid(images, path)
         tqdm.write(f"wrote {path}")
 
     def finish(self):
@@ -559,10 +604,9 @@ def training_parser(doc, out, recipes):
     for name in recipes:
         values = [f"{k.replace('_', '-')} {v:g}" for k, v in RECIPES[name].items()]
         lines.append(f"  {name}: {', '.join(values)}")
-    parser = make_parser(doc, epilog="\n".join(lines))
+    parser = make_parser(doc)
+    parser.epilog = "\n".join(lines)
     add = parser.add_argument
-    count = bounded(int, 1)
-    fraction = bounded(float, 0, 1)
     add("--size", choices=SIZES, help="of the model (default: that of --init, else XS)")
     add(
         "--data",
@@ -572,7 +616,6 @@ def training_parser(doc, out, recipes):
         "--vae",
         help="VAE that encodes images; kl16: the released (default: the bundled, for its images)",
     )
-    add("--image-size", type=count, help="pixels (default: the cache's, or the VAE's own)")
     add(
         "--mirror",
         action=argparse.BooleanOptionalAction,
@@ -580,34 +623,34 @@ def training_parser(doc, out, recipes):
     )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add("--resume", action="store_true", help="continue from OUT/last.pt with its flags")
-    add("--steps", type=count, help="length of the run in optimiser steps")
-    add("--epochs", type=count, help="length of the run in passes over the images")
-    add("--batch-size", type=count, help="chains (1-step: images) per step, over all processes")
-    add(
-        "--accumulate",
-        type=count,
-        help="micro-batches per step on each process (default: what a GPU's memory needs)",
-    )
-    add("--batch-mul", type=count, help="draws of (t, noise) per image")
+    counts = {
+        "steps": "length of the run in optimiser steps",
+        "epochs": "length of the run in passes over the images; overrules --steps",
+        "batch-size": "chains (1-step: images) per step, over all processes",
+        "accumulate": "micro-batches per step on each process (default: what a GPU's memory needs)",
+        "batch-mul": "draws of (t, noise) per image",
+        "save-every": "steps between checkpoints; one is due every 15 minutes",
+        "keep-every": "steps between checkpoints to keep as OUT/ema-STEP.pt",
+        "log-every": "steps between rows of log.csv (default: 50)",
+    }
+    fractions = {
+        "warmup": "first part of the run, 0 to 1: the learning rate rises",
+        "cooldown": "last part of the run, 0 to 1: it falls to 0",
+        "ema": "decay of the EMA weights per step, 0 to 1",
+        "holdout": "part of the images to keep out, 0 to 1; log.csv has their loss (default: 0)",
+    }
+    for name, text in counts.items():
+        add(f"--{name}", type=bounded(int, 1), help=text)
+    for name, text in fractions.items():
+        add(f"--{name}", type=bounded(float, 0, 1), help=text)
     add("--lr", type=bounded(float, 0), help="peak learning rate; scale it with the batch size")
-    add("--warmup", type=fraction, help="first part of the run, 0 to 1: the learning rate rises")
-    add("--cooldown", type=fraction, help="last part of the run, 0 to 1: it falls to 0")
-    add("--ema", type=fraction, help="decay of the EMA weights per step, 0 to 1")
     add(
         "--t",
         choices=["logit-normal", "uniform"],
         help="distribution of t: the release's (default), or Eq. 5's",
     )
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw (default: 0)")
-    add(
-        "--holdout",
-        type=fraction,
-        help="part of the images to keep out, 0 to 1; log.csv has their loss (default: 0)",
-    )
-    add("--save-every", type=count, help="steps between checkpoints; one is due every 15 minutes")
-    add("--keep-every", type=count, help="steps between checkpoints to keep as OUT/ema-STEP.pt")
     add("--sample-every", type=bounded(int, 0), help="steps between pictures; 0 for none")
-    add("--log-every", type=count, help="steps between rows of log.csv (default: 50)")
     add("--workers", type=bounded(int, 0), help="processes that read latents (default: 4 on CUDA)")
     add(
         "--dtype",
@@ -618,14 +661,14 @@ def training_parser(doc, out, recipes):
     return parser
 
 
-def main():
+def main(model_class=TransDiff):
     parser = training_parser(__doc__, "runs/train", ("XS 1-step", "1-step", "512 px"))
     parser.add_argument("--init", help="checkpoint or run whose EMA weights to start from")
     parser.add_argument(
         "--only-decoder", action="store_true", default=None, help="the 512 px recipe"
     )
     parser.set_defaults(refs=1)
-    train(parser.parse_args())
+    train(parser.parse_args(), model_class)
 
 
 if __name__ == "__main__":

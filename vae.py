@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import warnings
-import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -24,12 +23,12 @@ from pathlib import Path
 from model import DEMO, RANK, UserError, atomic_write, attention, bounded
 from model import fetch_released, load_file, make_parser, missing_parts, part_paths, pick_device
 from model import read_weights, run_main, say, sha256_prefix, shorten, start_parts
-from model import user_file, wait_for, write_json
+from model import user_file, wait_until, write_json
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -159,10 +158,10 @@ def decoder(channels, multipliers, blocks, z_channels):
 class AutoencoderKL(nn.Module):
     """LDM's KL autoencoder (Rombach et al. 2022), always in float32.
 
-    The defaults are the paper's: 256 px -> 16 x 16 x 16.
+    The paper's: AutoencoderKL(128, (1, 1, 2, 2, 4), blocks=2, z_channels=16), 256 px -> 16 x 16.
     """
 
-    def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=16):
+    def __init__(self, channels, multipliers, blocks, z_channels):
         super().__init__()
         self.encoder = encoder(channels, multipliers, blocks, z_channels)
         self.decoder = decoder(channels, multipliers, blocks, z_channels)
@@ -211,7 +210,7 @@ def load_vae(path, device="cpu", model=None):
     """
     path = fetch_released("vae") if path == "kl16" else Path(path)
     ckpt = load_file(path)
-    with user_file(path, f"VAE, it has {shorten(list(ckpt), 6)}"), torch.device("meta"):
+    with user_file(path, f"VAE, it has {shorten(list(ckpt))}"), torch.device("meta"):
         state = read_weights(ckpt, "model", "state_dict")
         # Without LDM's discriminator.
         state = {k: v for k, v in state.items() if not k.startswith("loss.")}
@@ -233,8 +232,6 @@ def latents_to_images(vae, latents):
     """Scaled latents [..., z, h, w], as TransDiff draws them -> uint8 images [..., H, W, 3]."""
     z = latents.float().flatten(0, -4) / vae.scale
     x = torch.cat([vae.decode(part) for part in z.split(16)])
-    if not torch.isfinite(x).all():
-        raise UserError("the samples are not finite; try --dtype fp32, or a smaller --cfg")
     images = to_uint8(x)
     return images.reshape(*latents.shape[:-3], *images.shape[1:])
 
@@ -250,27 +247,12 @@ def from_uint8(images, device="cpu"):
     return torch.as_tensor(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def save_grid(images, path, rows=(), heads=()):
-    """Write uint8 images [rows, columns, H, W, 3] as one PNG, small ones enlarged.
-
-    rows   names of the rows
-    heads  names of the columns
-    """
+def save_grid(images, path):
+    """Write uint8 images [rows, columns, H, W, 3] as one PNG, small ones enlarged."""
     zoom = max(1, 64 // images.shape[2])
-    # Two white lines above and left of each image.
-    tiles = F.pad(torch.from_numpy(images), (0, 0, 2, 0, 2, 0), value=255)
-    h, w = tiles.shape[2:4]
+    tiles = F.pad(torch.from_numpy(images), (0, 0, 1, 1, 1, 1), value=255)  # white lines
     grid = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1).numpy()
     picture = ImageOps.scale(Image.fromarray(grid), zoom, Image.Resampling.NEAREST)
-    font = ImageFont.load_default(14)
-    left = max((6 + int(font.getlength(name)) for name in rows), default=0)
-    top = 20 if len(heads) else 0
-    picture = ImageOps.expand(picture, (left, top, 2 * zoom, 2 * zoom), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, name in enumerate(rows):
-        draw.text((left, top + (i + 0.5) * h * zoom), name, "black", font, "rm")
-    for i, name in enumerate(heads):
-        draw.text((left + (i + 0.5) * w * zoom, top), name, "black", font, "md")
     atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 
@@ -336,8 +318,7 @@ def read_folder(root, labelled):
     parents = ()
     if labelled:
         parents = (os.path.realpath(root),)
-        entries = sorted(root.glob("[!.]*"), key=os.fsencode)
-        folders = [entry for entry in entries if entry.is_dir()]
+        folders = sorted(filter(Path.is_dir, root.glob("[!.]*")), key=os.fsencode)
     paths = []
     labels = []
     others = Counter()
@@ -358,27 +339,30 @@ def read_folder(root, labelled):
 
 
 def read_npz(path, labelled):
-    """(images uint8 [N, H, W, 1 or 3], labels [N], class names) of an .npz."""
+    """(images uint8 [N, H, W, 3], labels [N], class names) of an .npz."""
+    names = ("images", "arr_0", "labels", "arr_1", "classes")
     with user_file(path, ".npz of images"), np.load(path) as data:
-        names = ("images", "arr_0", "labels", "arr_1", "classes")
         arrays = {k: data[k] for k in names if k in data}
-        has = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()) or str(data.files)
+        has = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()) or data.files
     images = arrays.get("images", arrays.get("arr_0", np.zeros(0)))
     images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise UserError(f"{path}: has {has}; expected images (or arr_0), uint8 [N, H, W, 3]")
-    if images.size == 0 or images.max() == 1:
-        raise UserError(f"{path}: its images have no value above 1; expected 0 to 255")
-    labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0)))
-    one_each = labels.dtype.kind in "iu" and labels.size == len(images)
+    sound = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
+    if not sound or images.size == 0 or images.max() == 1:
+        raise UserError(
+            f"{path}: has {has}; expected images (or arr_0), uint8 [N, H, W, 3], 0 to 255"
+        )
+    images = np.broadcast_to(images, (*images.shape[:3], 3))
+    labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0))).reshape(-1)
+    one_each = labels.dtype.kind in "iu" and len(labels) == len(images)
     if one_each and 0 <= labels.min() <= labels.max() < 2**20:  # more are ids, not classes
-        labels = labels.reshape(-1).astype(np.int64)
         classes = arrays.get("classes", np.arange(labels.max() + 1)).reshape(-1)
         if labels.max() < len(classes):
-            return images, labels, list(map(str, classes))
+            return images, labels.astype(np.int64), list(map(str, classes))
     if labelled:
-        expected = "labels (or arr_1), an integer from 0 for each image, and below len(classes)"
-        raise UserError(f"{path}: has {has}; expected {expected}")
+        raise UserError(
+            f"{path}: has {has}; expected labels (or arr_1), an integer from 0 for each image, and "
+            "below len(classes)"
+        )
     return images, np.zeros(len(images), np.int64), [""]
 
 
@@ -408,14 +392,11 @@ class Images(Dataset):
 
     @property
     def digest(self):
-        """Changes with the images: by the time of a folder's files, by the checksums of an .npz."""
-        if self.folder:
-            stats = [os.stat(path) for path in self.items]
-            names = [os.path.relpath(path, self.path) for path in self.items]
-            contents = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(names, stats)]
-        else:
-            contents = [member.CRC for member in zipfile.ZipFile(self.path).infolist()]
-        return sha256_prefix(repr((self.classes, contents)).encode("utf-8", "surrogateescape"))
+        """Changes with the names, sizes and times of the files."""
+        paths = self.items if self.folder else [self.path]
+        stats = [(os.path.relpath(path, self.path), os.stat(path)) for path in paths]
+        contents = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return sha256_prefix(ascii((self.classes, contents)).encode())
 
     def name(self, i):
         return self.items[i] if self.folder else f"image {i} of {self.path}"
@@ -423,7 +404,7 @@ class Images(Dataset):
     def open(self, i):
         if self.folder:
             return read_image(self.items[i])
-        return Image.fromarray(np.broadcast_to(self.items[i], (*self.items.shape[1:3], 3)).copy())
+        return Image.fromarray(self.items[i])
 
     def __getitem__(self, i):
         try:
@@ -435,28 +416,31 @@ class Images(Dataset):
         if self.size:
             return center_crop(image, self.size)
         if image.size != self.shape[::-1]:
-            sizes = f"{image.height} x {image.width} px, others are {self.shape}"
-            raise UserError(f"{self.name(i)}: is {sizes}; --image-size N crops all to N x N")
+            raise UserError(
+                f"{self.name(i)}: is {image.height} x {image.width} px, others are {self.shape}; "
+                "--image-size N crops all to N x N"
+            )
         return np.array(image)
 
 
-def open_images(args, device):
+def open_images(data, vae_path, device, size=None):
     """(Images, VAE) of --data and --vae; other images than the bundled ones need their own VAE."""
-    if not args.vae and args.data != str(DEMO_DATA):
+    if not vae_path and data != str(DEMO_DATA):
         raise UserError(
-            f"--vae: name the VAE for {args.data}: kl16, or one that demo/train_vae.py has made"
+            f"--vae: name the VAE for {data}: kl16, or one that demo/train_vae.py has made"
         )
-    vae = load_vae(args.vae or DEMO_VAE, device)
-    size = args.image_size or vae.image_size
+    vae = load_vae(vae_path or DEMO_VAE, device)
+    size = size or vae.image_size
     if size % vae.factor:
         raise UserError(f"--image-size {size}: must be a multiple of {vae.factor} for {vae.path}")
-    return Images(args.data, size, skip_bad=True), vae
+    return Images(data, size, skip_bad=True), vae
 
 
 # -------------------------------------------------------------------------------- the latent cache
 # DIR/settings.json  what it is made from; written first
 # DIR/00000.npy ...  float16 [1024, 2, 2 z, h, w]: mean and log-variance of each crop ([:, 0]) and
 #                    of its mirror image ([:, 1]), NaN where the image cannot be read
+# DIR/names.json     CLASS/FILE of each image of a folder
 # DIR/labels.npy     int64 [N]; -1 where the image cannot be read
 # DIR/vae.pt         the VAE
 # DIR/cache.json     as settings.json; written last
@@ -468,13 +452,10 @@ def encode_moments(vae, images, device):
     """uint8 images [B, H, W, 3] -> float16 moments [B, 2, 2 z, h, w] of them and their mirrors."""
     x = from_uint8(images, device)
     views = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
-    moments = torch.stack(views, dim=1).half().cpu()
-    if moments.isinf().any():  # NaN is an image that could not be read
-        raise UserError(f"{vae.path}: its latents are not finite in float16; is it a trained VAE?")
-    return moments.numpy()
+    return torch.stack(views, dim=1).half().cpu().numpy()
 
 
-def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu"):
+def encode_images(images, vae, out, workers=0, device="cpu"):
     """Encode images into the cache folder `out`; each process makes every WORLD-th part.
 
     An unfinished cache is resumed, by any number of processes.
@@ -484,21 +465,19 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu"):
     record = dict(
         shape=[len(images), 2, 2 * vae.z_channels, side, side],
         scale=vae.scale,
-        image_size=images.shape[0],
-        batch_size=batch_size,
         info=dict(classes=images.classes, vae_digest=vae.digest, images=images.digest),
     )
     start_parts(out, record)
     paths = part_paths(out, -(-len(images) // PART))
     for i in tqdm(missing_parts(paths), unit="part", desc=f"encoding to {out}", disable=RANK > 0):
         part = Subset(images, range(i * PART, min(len(images), (i + 1) * PART)))
-        loader = DataLoader(part, batch_size, num_workers=workers, collate_fn=np.stack)
+        loader = DataLoader(part, 32, num_workers=workers, collate_fn=np.stack)
         moments = np.concatenate([encode_moments(vae, batch, device) for batch in loader])
         atomic_write(paths[i], lambda f: np.save(f, moments))
     if RANK > 0:
-        return wait_for([out / "cache.json"])
+        return wait_until((out / "cache.json").exists)
 
-    wait_for(paths)
+    wait_until(lambda: all(path.exists() for path in paths))
     readable = np.concatenate([np.isfinite(open_part(path)[:, 0, 0, 0, 0]) for path in paths])
     for i in np.flatnonzero(~readable):
         print(f"left out, not readable: {images.name(i)!r}")  # !r: a name may not be UTF-8
@@ -510,9 +489,13 @@ def encode_images(images, vae, out, batch_size=32, workers=0, device="cpu"):
     labels = np.where(readable, images.labels, -1)
     atomic_write(out / "labels.npy", lambda f: np.save(f, labels))
     shutil.copy(vae.path, out / "vae.pt")
+    if images.folder:
+        write_json(out / "names.json", [os.path.relpath(p, images.path) for p in images.items])
     write_json(out / "cache.json", record)
-    print(f"wrote {readable.sum():,} of {len(images):,} images to {out}")
-    print(f"{len(images.classes)} classes: {shorten(images.classes)}")
+    print(
+        f"wrote {readable.sum():,} of {len(images):,} images to {out}; "
+        f"classes: {shorten(images.classes)}"
+    )
     print(f"scale of the latents {vae.scale:.4f}, from {vae.scale_from}")
     if side % 8:
         print(f"latents of {side} x {side}: MRAR needs a multiple of 4 (XS) or 8 (B, L, H)")
@@ -550,13 +533,13 @@ class LatentCache:
             )
         with user_file(path, "latent cache"):
             record = json.loads((self.path / "cache.json").read_text())
-            self.num_images, _, channels, *side = record["shape"]
+            num_images, _, channels, *side = record["shape"]
             self.latent_shape = (channels // 2, *side)
             self.scale = record["scale"]
             self.info = record["info"]  # a checkpoint records it: classes, vae_digest, images
             self.classes = self.info["classes"]
             self.labels = np.load(self.path / "labels.npy")
-            self.parts = part_paths(self.path, -(-self.num_images // PART))
+            self.parts = part_paths(self.path, -(-num_images // PART))
             for part in self.parts:
                 part.stat()
 
@@ -579,16 +562,11 @@ def main():
     )
     add("--out", default="runs/latents", help="folder to write or resume (default: %(default)s)")
     add("--image-size", type=bounded(int, 1), help="pixels (default: those of the VAE's training)")
-    add("--batch-size", type=bounded(int, 1), default=32, help="images (default: 32)")
-    add(
-        "--workers", type=bounded(int, 0), default=0, help="processes that read images (default: 0)"
-    )
+    add("--workers", type=bounded(int, 0), default=0, help="to read images (default: 0)")
     args = parser.parse_args()
     device = pick_device(args.device)
-    if RANK == 0 and Path(args.out, "cache.json").exists():
-        raise UserError(f"{args.out}: is a complete cache; remove it or give another --out")
-    images, vae = open_images(args, device)
-    encode_images(images, vae, args.out, args.batch_size, args.workers, device)
+    images, vae = open_images(args.data, args.vae, device, args.image_size)
+    encode_images(images, vae, args.out, args.workers, device)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ process.
 Writes claims.csv, one figure per row, and curves claims-*.png to demo/; with --quick or --out to
 OUT, where the runs are. A command that was stopped resumes when repeated: what is there is not made
 again. Prints mean and standard deviation over seeds as Markdown.
-Left out: scale AR (Table 4), which is not implemented, and a constant EMA decay, for which there is
-no flag.
 """
 
 import argparse
 import csv
+import dataclasses
 import functools
 import io
 import json
@@ -23,16 +22,20 @@ import sys
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # model comes before torch: it sets how OpenMP's threads wait.
-from model import DEMO, adams_bashforth, atomic_write, autocast, bounded, cast_weights  # noqa: E402
-from model import draw_t, load_checkpoint, load_file, make_parser, per_image_noise  # noqa: E402
+from model import DEMO, DEMO_MODEL, CrossAttention, TransDiff, adams_bashforth  # noqa: E402
+from model import atomic_write, autocast, bounded, cast_weights, draw_t  # noqa: E402
+from model import load_checkpoint, load_file, load_state, make_parser, per_image_noise  # noqa: E402
 from model import pick_device, pick_dtype, run_main, write_json  # noqa: E402
 from vae import DEMO_DATA, DEMO_VAE, LatentCache, latents_to_images, load_vae  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import diversity  # noqa: E402
@@ -62,7 +65,9 @@ FULL = dict(
     counts=(4, 6, 8, 12, 25, 100),  # steps to compare the samplers at
     factors=(1.0, 0.9, 0.8),  # s1, s2
     refs=(1, 4, 16, 64),
+    features=(8, 16, 32, 64),  # of 64, to draw from
     draws=4,  # of (t, noise) per held-out image
+    long=(7000, 3500, 6000),  # steps of the bundled model: stage 1, and twice stage 2
 )
 QUICK = dict(
     holdout=0.5,
@@ -81,14 +86,64 @@ QUICK = dict(
     counts=(1, 2),
     factors=(1.0, 0.9),
     refs=(1, 4),
+    features=(8, 64),
     draws=1,
+    long=(1, 1, 1),
 )
 args = argparse.Namespace(**FULL)  # main adds the flags
 
 # Loading takes longer than the features of a few images.
 load_vae = functools.cache(load_vae)
 fid.load_net = functools.cache(fid.load_net)
-train.count_flops = functools.cache(train.count_flops)
+
+
+# -------------------------------------------------------------------------------- baselines
+class DiffusionOnly(TransDiff):
+    """Table 1: no AR Transformer. c is the class embedding at every position, plus positions."""
+
+    def __init__(self, config):
+        super().__init__(dataclasses.replace(config, ar_depth=0))
+
+    def encode(self, labels, references=None):
+        embeddings = torch.cat([self.ar.class_embedding.weight, self.ar.null_class])
+        return F.embedding(labels, embeddings)[:, None] + self.cond_positions
+
+
+class DeepDiffusionOnly(DiffusionOnly):
+    """The blocks of the AR Transformer go to the decoder: as many parameters as TransDiff."""
+
+    def __init__(self, config):
+        super().__init__(dataclasses.replace(config, dit_depth=6))
+
+
+class NoAttention(nn.Module):
+    def forward(self, x, mask=None):
+        return torch.zeros_like(x)
+
+
+class OwnPosition(CrossAttention):
+    """Each token attends to the c of its own position: softmax over one key is 1."""
+
+    def forward(self, x, keys, values, mask=None):
+        return self.dropout(self.proj(values.repeat(1, x.shape[1] // values.shape[1], 1)))
+
+
+class DiffusionLoss(TransDiff):
+    """Table 2: MAR's diffusion loss decodes each token by itself, given its c. All at once."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.decoder.blocks:
+            block.attn1 = NoAttention()
+            block.attn2 = OwnPosition(config)
+        self.init_weights()
+
+
+BASELINES = {
+    "diffusion only": DiffusionOnly,
+    "diffusion only, 6 blocks": DeepDiffusionOnly,
+    "diffusion loss": DiffusionLoss,
+}
 
 
 # -------------------------------------------------------------------------------- runs
@@ -125,33 +180,78 @@ def trained(name, script, **flags):
     return folder
 
 
-def stage1(seed, name="stage1", steps=None, **flags):
+def stage1(seed, name="stage1", steps=None, model_class=TransDiff, **flags):
+    script = SimpleNamespace(__name__="train", main=lambda: train.main(model_class))
     flags.update(data=args.data, vae=DEMO_VAE, holdout=args.holdout, batch_size=args.images)
     flags.update(steps=steps or args.steps, keep_every=args.keep, sample_every=args.pictures)
-    return trained(f"{name}-{seed}", train, seed=seed, **flags)
+    return trained(f"{name}-{seed}", script, seed=seed, **flags)
 
 
-def control(seed):
+def control(seed, name="control", init=None, **others):
     """Stage 1 trained on with the learning rate, schedule, length and images of stage 2."""
     recipe = train.RECIPES["XS MRAR"]
     flags = {k: recipe[k] for k in ("lr", "warmup", "cooldown", "ema", "batch_mul")}
     flags.update(steps=args.tune, batch_size=args.images, sample_every=args.pictures)
-    return trained(f"control-{seed}", train, init=stage1(seed), seed=seed, **flags)
+    flags.update(others, init=init or stage1(seed), seed=seed)
+    return trained(f"{name}-{seed}", train, **flags)
 
 
-def stage2(seed, refs=4):
+def stage2(seed, refs=4, name="mrar", **others):
     """MRAR: whatever the length of the chains, a step sees the same number of images."""
     flags = dict(steps=args.tune, batch_size=args.images // refs, refs=refs)
     if refs == 4:
         flags.update(keep_every=max(1, args.tune // 5), sample_every=args.pictures)
     else:  # long chains take long to draw
         flags.update(sample_every=0)
-    return trained(f"mrar{refs}-{seed}", finetune_mrar, init=stage1(seed), seed=seed, **flags)
+    flags.update(others, init=stage1(seed), seed=seed)
+    return trained(f"{name}{refs}-{seed}", finetune_mrar, **flags)
 
 
 @functools.lru_cache(8)
-def load(folder, file="ema.pt"):
-    return cast_weights(load_checkpoint(folder / file, args.device), args.dtype)
+def load(folder, file="ema.pt", model_class=TransDiff):
+    config, state, _ = load_state(folder / file)
+    model = model_class(config)
+    model.load_state_dict(state)
+    model.to(args.device).eval().requires_grad_(False)
+    return cast_weights(model, args.dtype)
+
+
+def cache_of(seed):
+    """(latent cache of the runs of a seed, its images to train on, its held-out images)."""
+    cache = LatentCache(load_file(stage1(seed) / "last.pt")["args"]["data"])
+    return cache, *train.split(cache.labels, args.holdout)
+
+
+def means(cache, images):
+    """Latents of images: the means of the posterior, scaled, [N, z, h, w]."""
+    moments = torch.from_numpy(cache.moments(images, np.zeros_like(images)))
+    return moments.float().chunk(2, dim=1)[0] * cache.scale
+
+
+def neighbour_chains(seed):
+    """Path of a list of chains of nearest neighbours of a class, each image in one: for --chains.
+
+    An image, in random order, takes the three nearest that are left.
+    """
+    path = args.out / f"neighbours-{seed}.txt"
+    cache, images, _ = cache_of(seed)
+    names = [f"{cache.classes[k]}/{i}" for i, k in enumerate(cache.labels)]
+    write_json(cache.path / "names.json", names)  # the cache of an .npz has none
+    lines = []
+    for label in np.unique(cache.labels[images]):
+        members = images[cache.labels[images] == label]
+        members = np.random.default_rng(seed).permutation(members)
+        x = means(cache, members).flatten(1)
+        distances = torch.cdist(x, x)
+        for i in range(len(members)):
+            chain = distances[i].topk(4, largest=False)
+            if chain.values[-1] < math.inf:  # i is left, and three others
+                files = [str(k) for k in members[chain.indices]]
+                lines.append(json.dumps(dict(cate=cache.classes[label], files=files)))
+                distances[chain.indices] = math.inf
+                distances[:, chain.indices] = math.inf
+    atomic_write(path, lambda f: f.write("\n".join(lines).encode()))
+    return path
 
 
 # -------------------------------------------------------------------------------- distances
@@ -186,8 +286,9 @@ def draw_images(name, seed, draw, labels):
     return {k: np.concatenate(parts) for k, parts in images.items()}
 
 
-def figures(images, labels):
-    """Distance and accuracy of images in both networks: [(network, metric, value)]."""
+def figures(images, labels, ref=None):
+    """Rows (network, metric, value) of images in both networks: distance and accuracy, and against
+    the images `ref` also precision and recall."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder, "samples.npz")
@@ -195,20 +296,22 @@ def figures(images, labels):
         np.savez(samples, arr_0=images, arr_1=labels, classes=classes)
         for network, (net, stats) in networks().items():
             result = Path(folder, f"{network}.json")
-            run(fid, samples=samples, ref=stats, net=net, json=result)
+            run(fid, samples=samples, ref=ref or stats, net=net, json=result)
             values = json.loads(result.read_text())
             rows.append((network, "distance", values["frechet_distance"]))
-            rows.append((network, "accuracy", values["accuracy"]))
+            for metric in ("accuracy", "precision", "recall"):
+                if metric in values:
+                    rows.append((network, metric, values[metric]))
     return rows
 
 
-def measure(name, seed, draw, num=None):
+def measure(name, seed, draw, num=None, ref=None):
     """Rows (setting, network, metric, value) of `num` chains that `draw` draws, by position."""
 
     def compute():
         labels = torch.arange(num or args.num) % 10
         images = draw_images(name, seed, draw, labels)
-        return [(k, *row) for k in images for row in figures(images[k], labels.numpy())]
+        return [(k, *row) for k in images for row in figures(images[k], labels.numpy(), ref)]
 
     chains = f", {num} chains" if num else ""
     rows = cached(f"{name}, seed {seed}{chains}", compute)
@@ -266,10 +369,8 @@ def autoguided(model, early):
 # -------------------------------------------------------------------------------- losses
 def held_out_images(seed):
     """([latents, labels, t, noise] of N held-out images, {kind: three references of each})."""
-    cache = LatentCache(load_file(stage1(seed) / "last.pt")["args"]["data"])
-    _, held_out = train.split(cache.labels, args.holdout)
-    moments = torch.from_numpy(cache.moments(held_out, np.zeros_like(held_out)))
-    means = moments.float().chunk(2, dim=1)[0] * cache.scale
+    cache, _, held_out = cache_of(seed)
+    latents = means(cache, held_out)
     labels = cache.labels[held_out]
     N = min(args.num, len(labels))
 
@@ -280,12 +381,12 @@ def held_out_images(seed):
         for i, label in enumerate(labels[:N]):
             others = np.flatnonzero(labels == (label + shift) % len(cache.classes))
             chosen.append(rng.choice(np.setdiff1d(others, i), 3, replace=False))
-        references[kind] = means[np.stack(chosen)].to(args.device)
+        references[kind] = latents[np.stack(chosen)].to(args.device)
 
     torch.manual_seed(seed)
     t = draw_t((N, args.draws))
     noise = torch.randn(N, args.draws, *cache.latent_shape)
-    images = means[:N], torch.from_numpy(labels[:N]), t, noise
+    images = latents[:N], torch.from_numpy(labels[:N]), t, noise
     return [x.to(args.device) for x in images], references
 
 
@@ -444,10 +545,17 @@ def t(seed):
     yield from at_scales("uniform t", seed, sampler(load(uniform)))
 
 
-def diversity_of(path):
-    with redirect_stdout(io.StringIO()) as table:
-        run(diversity, ckpt=path)
-    return next(csv.DictReader(table.getvalue().splitlines()))
+def similarities(name, seed, path):
+    """Rows (setting, network, metric, value) of what diversity.py prints of a checkpoint."""
+
+    def compute():
+        with redirect_stdout(io.StringIO()) as table:
+            run(diversity, ckpt=path)
+        return next(csv.DictReader(table.getvalue().splitlines()))
+
+    row = cached(f"similarity, {name}, seed {seed}", compute)
+    yield name, "", "similarity (Eq. 15)", float(row["similarity"])
+    yield name, "", "similarity (release)", float(row["released"])
 
 
 def steps(seed):
@@ -456,15 +564,72 @@ def steps(seed):
     folder = stage1(seed, "long", steps=3 * args.steps)
     for path in sorted(folder.glob("ema-*.pt")):
         setting = f"step {int(path.stem[4:])}"
-        similarity = cached(f"similarity, {setting}, seed {seed}", lambda: diversity_of(path))
-        yield setting, "", "similarity (Eq. 15)", float(similarity["similarity"])
-        yield setting, "", "similarity (release)", float(similarity["released"])
+        yield from similarities(setting, seed, path)
         yield from measure(setting, seed, sampler(load(folder, path.name), cfg=CFG))
 
 
-FUNCTIONS = (mrar, references, autoguidance, interval, noise, samplers, s1_s2, t, steps, refs)
+def baselines(seed):
+    """TransDiff beats diffusion alone (Table 1) and MAR's diffusion loss (Table 2)."""
+    yield from at_scales("stage 1", seed, sampler(load(stage1(seed))))
+    for name, model_class in BASELINES.items():
+        folder = stage1(seed, name.replace(" ", "-"), model_class=model_class)
+        yield from at_scales(name, seed, sampler(load(folder, model_class=model_class)))
+
+
+def scales(seed):
+    """Scale AR is worse than MRAR, and its features are less diverse (Table 4)."""
+    folders = {"stage 1": stage1(seed), "MRAR": stage2(seed)}
+    folders["scale AR"] = stage2(seed, name="scales", chains="scales")
+    for name, folder in folders.items():
+        yield from at_scales(name, seed, sampler(load(folder)))
+        yield from similarities(name, seed, folder)
+
+
+def neighbours(seed):
+    """References that carry information (ours): chains of nearest neighbours within a class."""
+    folder = stage2(seed, name="neighbours", chains=neighbour_chains(seed))
+    for name, path in (("MRAR", stage2(seed)), ("chains of neighbours", folder)):
+        yield from at_scales(name, seed, sampler(load(path)))
+
+
+def features(seed):
+    """The first features alone make a good image (Figure 1); half as many images."""
+    for name, folder in (("1-step", control), ("MRAR", stage2)):
+        model = load(folder(seed))
+        for count in args.features:
+
+            def draw(labels, randn):
+                settings = dict(sampler="adams-bashforth", steps=args.evaluations, cfg_below=1.0)
+                noise = randn(torch.empty(len(labels), *model.config.latent_shape))
+                noise = noise.to(args.device)
+                refs = model.config.refs - 1
+                chain = model.sample(labels, refs, noise=noise, cfg=CFG, null_refs=True, **settings)
+                null = torch.full_like(labels, model.config.num_classes)
+                c, c_null = (model.encode(y, chain)[:, :count] for y in (labels, null))
+                return model.decode(c, noise, c_null, CFG, **settings)[:, None]
+
+            yield from measure(f"{name}, features {count}", seed, draw, args.few)
+
+
+def length(seed):
+    """The order of the laptop's length holds after long training: the bundled MRAR, and 1-step
+    trained on as many images with its schedules. Take the best of both guidances."""
+    first, second, third = args.long
+    folder = stage1(seed, "long1", steps=first)
+    folder = control(seed, "long2", folder, steps=second)
+    last = dict(steps=third, ema=0.999, warmup=0.02, cooldown=0.7)
+    folder = control(seed, "long3", folder, **last)
+    models = {"1-step, trained long": load(folder), "bundled MRAR": load(DEMO, DEMO_MODEL.name)}
+    for name, model in models.items():
+        for below in (1.0, CFG_BELOW):
+            draw = sampler(model, cfg=CFG, cfg_below=below, null_refs=False)
+            yield from measure(f"{name}, t to {below}", seed, draw, ref=args.data)
+
+
+FUNCTIONS = (mrar, baselines, scales, neighbours, features, references, autoguidance, interval)
+FUNCTIONS += (noise, samplers, s1_s2, t, steps, refs, length)
 CLAIMS = {f.__name__: f for f in FUNCTIONS}
-ONE_SEED = ("samplers", "s1_s2", "steps")  # the first seed alone, since they take long
+ONE_SEED = ("samplers", "steps", "length")  # the first seed alone, since they take long
 CURVES = (
     ("autoguidance", "distance"),
     ("samplers", "distance"),

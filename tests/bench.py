@@ -38,7 +38,7 @@ import model as ours  # noqa: E402
 from model import SIZES, TransDiff, autocast, bounded, cast_weights, euler_maruyama  # noqa: E402
 from model import make_parser, part_paths, pick_device, pick_dtype, run_main  # noqa: E402
 from model import write_json  # noqa: E402
-from train import Chains, count_flops, make_optimizer, memory_per_chain  # noqa: E402
+from train import Chains, make_optimizer, memory_per_chain  # noqa: E402
 from train import parallelize, update_ema  # noqa: E402
 from vae import PART, LatentCache  # noqa: E402
 
@@ -52,6 +52,15 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 ROW = "{:14}{:>10}{:>10}{:>8}{:>14}{:>9}{:>12}{:>7}"
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 BATCH_MUL = {1: 4, 4: 2}  # refs -> draws of (t, noise) per image, Appendix B
+
+
+def count_flops(config, batch_mul):
+    """Floating-point operations of one chain, forward and backward."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        latents = torch.empty(1, config.refs, *config.latent_shape)
+        labels = torch.empty(1, dtype=torch.int64)
+        TransDiff(config).loss(latents, labels, batch_mul=batch_mul).backward()
+    return counter.get_total_flops()
 
 
 def ceiling(device, dtype):

@@ -3,6 +3,8 @@
 import signal
 import sys
 
+from conftest import ROOT
+
 import diversity
 import fid
 import finetune_mrar
@@ -11,9 +13,12 @@ import sample
 import train
 import vae
 
+sys.path.insert(0, str(ROOT / "demo"))
+import figures  # noqa: E402
+
 MAINS = {
     f"{script.__name__}.py": script.main
-    for script in (vae, train, finetune_mrar, sample, fid, diversity)
+    for script in (vae, train, finetune_mrar, sample, fid, diversity, figures)
 }
 
 

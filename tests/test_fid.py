@@ -93,14 +93,14 @@ def brute_frechet_distance(a, b):
 
 
 def brute_inception_score(p):
-    """Mean and deviation of exp(E KL(p(y|x) || p(y))) over the ten parts of torch-fidelity."""
+    """Mean of exp(E KL(p(y|x) || p(y))) over the ten parts of torch-fidelity."""
     p = p[np.random.RandomState(2020).permutation(len(p))]
     scores = []
     for i in range(10):
         part = p[i * len(p) // 10 : (i + 1) * len(p) // 10]
         kl = [sum(q * np.log(q / m) for q, m in zip(row, part.mean(0))) for row in part]
         scores.append(np.exp(np.mean(kl)))
-    return np.mean(scores), np.std(scores)
+    return np.mean(scores)
 
 
 # ------------------------------------------------------------------------------------ the measures
@@ -130,7 +130,7 @@ def test_the_measures_agree_with_their_definitions_to_one_millionth():
     distance = fid.frechet_distance(*stats[0], *stats[1])
     assert distance == pytest.approx(brute_frechet_distance(a, b), rel=1e-6)
     score = fid.inception_score(torch.tensor(p))
-    assert score[0] > 1.5 and score == pytest.approx(brute_inception_score(p), rel=1e-6)
+    assert score > 1.5 and score == pytest.approx(brute_inception_score(p), rel=1e-6)
     measures = fid.precision_recall(torch.tensor(a), torch.tensor(b))
     assert 0 < min(measures) and max(measures) < 1
     assert measures == pytest.approx(brute_precision_recall(a, b), abs=1e-12)
@@ -146,8 +146,8 @@ def test_identical_sets_have_distance_zero(n):
 
 def test_inception_score_of_certain_predictions():
     every_class = torch.eye(8).repeat(1000, 1)  # each as often: the score is the number of classes
-    assert fid.inception_score(every_class)[0] == pytest.approx(8, rel=0.01)
-    assert fid.inception_score(every_class[:1].repeat(100, 1)) == (1.0, 0.0)
+    assert fid.inception_score(every_class) == pytest.approx(8, rel=0.01)
+    assert fid.inception_score(every_class[:1].repeat(100, 1)) == 1.0
 
 
 def test_precision_and_recall():
@@ -178,20 +178,18 @@ def test_the_command_gives_what_the_definitions_say(tmp_path, measure, net, coun
     images, others = (noise_images(n, seed, spread) for seed, n in enumerate(counts))
     np.savez(tmp_path / "s.npz", arr_0=images)
     np.savez_compressed(tmp_path / "r.npz", arr_0=others)
-    got, printed = measure(f"--samples s.npz --ref r.npz --net {net} --batch-size 16")
+    got, printed = measure(f"--samples s.npz --ref r.npz --net {net}")
 
     (a, p), (b, _) = (features_and_probabilities(net, x) for x in (images, others))
     assert got["frechet_distance"] == pytest.approx(brute_frechet_distance(a, b), rel=1e-4)
-    score, deviation = brute_inception_score(p)
-    assert got["score"] == pytest.approx(score, rel=1e-5)
-    assert got["score_std"] == pytest.approx(deviation, rel=1e-4)
+    assert got["score"] == pytest.approx(brute_inception_score(p), rel=1e-5)
     measures = got["precision"], got["recall"]
     assert measures == pytest.approx(brute_precision_recall(a, b), abs=1e-12)
-    numbers = {"frechet_distance", "score", "score_std", "precision", "recall"}
+    numbers = {"frechet_distance", "score", "precision", "recall"}
     assert set(got) == numbers | {"network", "samples", "reference", "num_samples"}
     # FID and the Inception Score are of Inception's features.
     assert "fid " not in printed.out and "inception" not in printed.out.lower()
-    assert f"{got['frechet_distance']:.4f}" in printed.out and "fewer than 10,000" in printed.err
+    assert f"{got['frechet_distance']:.4f}" in printed.out and "fewer than 10,000" in printed.out
 
 
 def test_statistics_are_saved_and_reused(tmp_path, measure, net):
@@ -247,7 +245,7 @@ def test_a_folder_gives_the_numbers_of_an_npz(tmp_path, measure, net):
         Image.fromarray(image).save(path)
     (tmp_path / "tree" / "notes.txt").write_text("not an image")
     a, _ = measure(f"--samples s.npz --ref r.npz --net {net}")
-    b, printed = measure(f"--samples tree --ref r.npz --net {net} --batch-size 7 --workers 1")
+    b, printed = measure(f"--samples tree --ref r.npz --net {net} --workers 1")
     assert "30 images" in printed.out
     for key in (
         "frechet_distance",
@@ -315,25 +313,23 @@ def test_grey_images_are_measured_as_rgb(tmp_path, measure, net):
     assert got["frechet_distance"] < 1e-6
 
 
-NOT_A_NET = "not a readable TorchScript feature network"
+NOT_A_NET = "not a usable TorchScript feature network"
 WRONG_INPUTS = [
     ("--samples gone.npz --ref s.npz", "No such file or directory: .gone.npz"),
-    ("--samples s.npz --ref gone", "--ref gone: no such file or folder"),
-    ("--samples s.npz", "--ref: give a reference"),
+    ("--samples s.npz --ref gone", "gone: no such folder or .npz"),
     ("--samples one.npz --ref s.npz", "one.npz: has 1 images; 10 or more are needed"),
     ("--samples s.npz --ref one.npz", "one.npz: has 1 images"),
     ("--samples wide.npz --ref s.npz", r"--ref s.npz: \(20, 20\) px, the samples \(15, 20\)"),
     ("--samples float.npz --ref s.npz", "float.npz: has arr_0 float64 .*; expected .*uint8"),
-    ("--samples black.npz --ref s.npz", "black.npz: .* no value above 1; expected 0 to 255"),
+    ("--samples black.npz --ref s.npz", "black.npz: has arr_0 uint8 .*; expected .*0 to 255"),
     ("--samples other.npz --ref s.npz", r"other.npz: has \['something'\]; expected images"),
     ("--samples s.npz --ref other.npz", r"other.npz: has \['something'\]; expected images"),
     ("--samples s.npz --ref inception.npz", "inception.npz: .* not of 16 features"),
     ("--samples s.npz --ref foreign.npz", "foreign.npz: statistics of 0123, not of"),
-    ("--samples s.npz --ref nan.npz", "nan.npz: .*not finite"),
-    ("--samples cut.npz --ref s.npz", "cut.npz: not a readable .npz of images"),
-    ("--samples s.npz --ref cut.npz", "cut.npz: not a readable .npz"),
+    ("--samples cut.npz --ref s.npz", "cut.npz: not a usable .npz of images"),
+    ("--samples s.npz --ref cut.npz", "cut.npz: not a usable .npz"),
     ("--samples empty --ref s.npz", "empty: no images in this folder"),
-    ("--samples bad --ref s.npz", "bad/x.png: not a readable image"),
+    ("--samples bad --ref s.npz", "bad/x.png: not a usable image"),
     ("--samples s.npz --ref s.npz --net gone.pt", f"gone.pt: {NOT_A_NET}"),
     ("--samples s.npz --ref s.npz --net net.txt", f"net.txt: {NOT_A_NET}"),
     ("--samples s.npz --ref s.npz --net weights.pt", f"weights.pt: {NOT_A_NET}"),
@@ -353,7 +349,6 @@ def wrong_inputs(tmp_path_factory):
     np.savez(folder / "other.npz", something=good)
     np.savez(folder / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(folder / "foreign.npz", mu=np.zeros(16), sigma=np.eye(16), network="0123")
-    np.savez(folder / "nan.npz", mu=np.full(16, np.nan), sigma=np.eye(16))
     (folder / "cut.npz").write_bytes((folder / "s.npz").read_bytes()[:5000])
     (folder / "empty").mkdir()
     (folder / "bad").mkdir()
@@ -393,7 +388,7 @@ def test_an_unreadable_image_is_named_by_whichever_process_reads_it(
     (tmp_path / "s" / "07.png").write_bytes((tmp_path / "s" / "07.png").read_bytes()[:100])
     run_in_process(f"fid.py --samples s --ref s --net {net} --workers {workers}", expect=2)
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.fullmatch(r"fid.py: s/07.png: not a readable image \(.+\)", line)
+    assert re.fullmatch(r"fid.py: s/07.png: not a usable image \(.+\)", line)
 
 
 # ------------------------------------------------------------------------------------ networks
@@ -432,7 +427,7 @@ def test_the_inception_file_is_fetched_once_and_its_distance_is_called_fid(
     np.savez(tmp_path / "s.npz", arr_0=noise_images(12, 0))
     for _ in range(2):
         got, printed = measure("--samples s.npz --ref s.npz")
-        assert {"fid", "inception_score", "inception_score_std", "precision", "recall"} < set(got)
+        assert {"fid", "inception_score", "precision", "recall"} < set(got)
         assert "  fid " in printed.out and "in the features of Inception" in printed.out
     assert requests == ["/inception.pt"]
     server.shutdown()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model import DEMO_MODEL, SIZES, Config, TransDiff, UserError, adams_bashforth, attention
+from model import DEMO_MODEL, SIZES, Config, TransDiff, UserError, adams_bashforth
 from model import attention_masks, cast_weights, class_index, default_sampling, draw_t
 from model import euler_maruyama, load_checkpoint, load_state, patchify, per_image_noise
 from model import timestep_embedding
@@ -110,16 +110,6 @@ def test_one_step_attention_is_bidirectional():
     with torch.no_grad():
         model.ar.positions[:, -1] += 1  # only the last token of the input changes
     assert (model.encode(torch.tensor([2])) != before).any(-1).all()  # every token of c changes
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_two_ways_to_compute_attention_agree(masked):
-    """On a CPU, bf16 takes the plain formula and float32 the fused kernel."""
-    q, k, v = torch.randn(3, 2, 16, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    mask = torch.ones(16, 16, dtype=torch.bool).tril() if masked else None
-    plain = attention(q, k, v, 4, mask)
-    fused = attention(q.float(), k.float(), v.float(), 4, mask)
-    torch.testing.assert_close(plain.float(), fused, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("refs", [4, 16])
@@ -565,7 +555,7 @@ def test_references_at_512_px():
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(refs=3), "refs 3: must be 1, 4, 16 or 64"),
+    (dict(refs=3), "refs 3: cond_tokens 16 / refs has to be a square"),
     (dict(cond_tokens=12), "refs 4: cond_tokens 12 / refs has to be a square"),
     (dict(latent_size=7), "the side of the latents, 7, a multiple of its root 2"),
 ])  # fmt: skip
@@ -586,7 +576,7 @@ def start(model, path, classes="abcde"):
     warm_start(model, load_state(path), list(classes), path)
 
 
-def test_mrar_starts_from_every_weight_of_a_one_step_model(tmp_path, capsys):
+def test_mrar_starts_from_every_weight_of_a_one_step_model(tmp_path):
     one_step = build(ONE_STEP)
     mrar = build(SMALL, seed=9)
     new = mrar.state_dict()["ar.reference_proj.weight"].clone()
@@ -599,11 +589,9 @@ def test_mrar_starts_from_every_weight_of_a_one_step_model(tmp_path, capsys):
     assert torch.equal(ours["ar.mask_tokens"], theirs["ar.mask_tokens"].expand(1, 4, -1))
     assert set(ours) - set(theirs) == {"ar.reference_proj.weight", "ar.reference_proj.bias"}
     assert torch.equal(ours["ar.reference_proj.weight"], new)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and "mask embedding copied into 4 mask tokens" in lines[0]
 
 
-def test_a_model_of_256_px_starts_one_of_512_px_with_interpolated_positions(tmp_path, capsys):
+def test_a_model_of_256_px_starts_one_of_512_px_with_interpolated_positions(tmp_path):
     small = build(ONE_STEP)
     large = build(dataclasses.replace(ONE_STEP, latent_size=16), seed=9)
     with torch.no_grad():  # a ramp down the rows
@@ -614,7 +602,6 @@ def test_a_model_of_256_px_starts_one_of_512_px_with_interpolated_positions(tmp_
     assert ramp.std(1).max() < 1e-5  # constant along each row
     torch.testing.assert_close(ramp[4:12, 0, 0], torch.arange(4, 12) / 2 - 0.25, atol=0.05, rtol=0)
     assert torch.equal(large.ar.positions, small.ar.positions)
-    assert "decoder positions interpolated, 8 -> 16" in capsys.readouterr().out
 
 
 def test_class_embeddings_are_matched_by_name_not_by_their_place(tmp_path, capsys):
@@ -643,9 +630,7 @@ def test_without_names_class_embeddings_are_kept_if_the_counts_agree(num_classes
 
 def test_a_start_from_weights_of_another_shape_is_refused(tmp_path):
     path = save(build(ONE_STEP), tmp_path / "narrow.pt")
-    with pytest.raises(
-        UserError, match="narrow.pt: not a readable start of this model, .*'width': 32"
-    ):
+    with pytest.raises(UserError, match="narrow.pt: not a usable start of this model .*size misma"):
         start(build(dataclasses.replace(ONE_STEP, width=64)), path)
 
 
@@ -733,7 +718,7 @@ def test_refs_64_with_one_token_per_image_is_not_taken_for_one_step(tmp_path):
 ])  # fmt: skip
 def test_a_file_of_something_else_is_refused_by_what_it_has(content, message, tmp_path):
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=f"x.pt: not a readable {message}"):
+    with pytest.raises(UserError, match=f"x.pt: not a usable {message}"):
         load_checkpoint(tmp_path / "x.pt")
 
 
@@ -743,7 +728,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return (open, (str(tmp_path / "proof"), "w"))
 
     torch.save({"model": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="evil.pt: not a readable checkpoint"):
+    with pytest.raises(UserError, match="evil.pt: not a usable checkpoint"):
         load_state(tmp_path / "evil.pt")
     assert not (tmp_path / "proof").exists()
 
@@ -772,25 +757,24 @@ def choose(word, classes, empty=()):
 
 @pytest.mark.parametrize("word,classes,index", [
     ("bag", ["shirt", "bag"], 1),
-    ("BAG", ["shirt", "bag"], 1),
-    ("ankle boot", ["shirt", "Ankle Boot"], 1),
+    ("Bag", ["bag", "Bag"], 1),
     ("1", ["shirt", "bag"], 1),  # no name is a number: an index
-    ("cat", ["Cat", "cat"], 1),  # the exact name first
     (unicodedata.normalize("NFD", "Café"), ["bar", unicodedata.normalize("NFC", "Café")], 1),
-    (unicodedata.normalize("NFC", "café"), ["bar", unicodedata.normalize("NFD", "Café")], 1),
+    (unicodedata.normalize("NFC", "Café"), ["bar", unicodedata.normalize("NFD", "Café")], 1),
     ("1", ["01", "02", "03", "04"], 0),  # folders of numbers: by their value
     ("04", ["01", "02", "03", "04"], 3),
     ("10", [str(i) for i in (1, 10, 11, 2)], 1),
     ("2", ["2", "1", "many"], 0),  # a name before an index
     ("0", ["2", "1", "many"], 0),
 ])  # fmt: skip
-def test_a_class_is_named_in_any_case_and_unicode_form_or_by_its_index(word, classes, index):
+def test_a_class_is_named_in_any_unicode_form_or_by_its_index(word, classes, index):
     assert choose(word, classes) == index
 
 
 @pytest.mark.parametrize("word,classes,empty", [
     ("trousers", ["shirt", "bag"], []),
     ("2", ["shirt", "bag"], []),
+    ("Bag", ["shirt", "bag"], []),
     ("-1", ["shirt", "bag"], []),
     ("0", ["01", "02"], []),  # all names are numbers: an index would be mistaken for one
     ("shirt", ["bag", "shirt", "coat"], [1]),  # had no images to be trained on

@@ -114,7 +114,7 @@ def test_a_trained_vae_says_what_it_is(command, tmp_path, garments):
         ("--image-size 6", "--image-size 6: must be a multiple of 4"),
         ("--out s.npz", "--out s.npz: is there already"),
         ("--out v.png", "--out v.png: is the name of the picture"),
-        ("--init s.npz", "s.npz: not a readable"),
+        ("--init s.npz", "s.npz: not a usable"),
         ("--data nothing", "nothing: no such folder or .npz"),
         ("--steps 0", "argument --steps: 0: must be from 1"),
     ],

@@ -116,7 +116,7 @@ def test_modes_are_converted_to_rgb(tmp_path):
 def test_grey_of_32_bits_has_no_fixed_white_and_is_not_guessed(tmp_path, dtype, white):
     ramp = np.linspace(0, white, 32)[None].repeat(32, axis=0)
     Image.fromarray(ramp.astype(dtype)).save(tmp_path / "a.tif")
-    with pytest.raises(UserError, match="a.tif: not a readable image .*convert it to 8 or 16 bits"):
+    with pytest.raises(UserError, match="a.tif: not a usable image .*convert it to 8 or 16 bits"):
         read_image(tmp_path / "a.tif")
 
 
@@ -403,7 +403,7 @@ IMAGES_OF_NO_USE = {
     "channels first": (dict(arr_0=PIXELS.transpose(0, 3, 1, 2)), "has arr_0 uint8 (6, 3, 8, 8)"),
     "one image": (dict(images=PIXELS[0, :, :, 0]), "has images uint8 (8, 8)"),
     "with alpha": (dict(images=noise(6, 8, 8, 4)), "has images uint8 (6, 8, 8, 4)"),
-    "0 and 1": (dict(images=PIXELS // 128), "no value above 1; expected 0 to 255"),
+    "0 and 1": (dict(images=PIXELS // 128), "uint8 [N, H, W, 3], 0 to 255"),
 }
 
 
@@ -419,7 +419,7 @@ def test_other_images_are_refused_by_what_the_file_has_and_what_is_expected(
     with pytest.raises(UserError) as e:
         Images(tmp_path / "s.npz", 8, labelled)
     assert f"{tmp_path}/s.npz: " in str(e.value) and has in str(e.value)
-    assert "expected images (or arr_0), uint8 [N, H, W, 3]" in str(e.value) or kind == "0 and 1"
+    assert "expected images (or arr_0), uint8 [N, H, W, 3], 0 to 255" in str(e.value)
 
 
 def test_black_images_are_images(tmp_path):
@@ -445,7 +445,7 @@ def test_bytes_to_floats_and_back_is_exact():
 def weights_of_the_papers_vae():
     """Weights of KL-16's shapes, all zero, that take no memory."""
     with torch.device("meta"):
-        state = AutoencoderKL().state_dict()
+        state = AutoencoderKL(128, (1, 1, 2, 2, 4), 2, 16).state_dict()
     return {k: torch.zeros(1).expand(v.shape) for k, v in state.items()}
 
 
@@ -489,7 +489,7 @@ def test_files_of_other_weights_are_not_a_vae(tmp_path):
         torch.save(ckpt, tmp_path / "f.pt")
         with pytest.raises(UserError) as e:
             load_vae(tmp_path / "f.pt")
-        assert f"{tmp_path}/f.pt: not a readable VAE, it has {message}" in str(e.value)
+        assert f"{tmp_path}/f.pt: not a usable VAE, it has {message}" in str(e.value)
         assert len(str(e.value)) < 600 and "\n" not in str(e.value)
 
     missing = "(no 'encoder.conv_in.weight')"
@@ -503,7 +503,7 @@ def test_files_of_other_weights_are_not_a_vae(tmp_path):
 
 def test_the_vae_runs_in_float32_under_autocast():
     vae = load_vae(DEMO_VAE)
-    x = from_uint8(Images(DEMO_DATA, 32).items[:4].repeat(3, axis=-1))
+    x = from_uint8(Images(DEMO_DATA, 32).items[:4].copy())
     mean, logvar = vae.encode(x)
     images = latents_to_images(vae, mean * vae.scale)
     with torch.autocast("cpu", torch.bfloat16):
@@ -522,7 +522,7 @@ def test_the_cache_holds_the_moments_of_the_crop_and_of_its_mirror_image(tmp_pat
     save_small_vae(tmp_path / "vae.pt")
     images, vae = Images(tmp_path / "s.npz", 32), load_vae(tmp_path / "vae.pt")
     vae.scale = 0.5
-    encode_images(images, vae, tmp_path / "cache", batch_size=7)
+    encode_images(images, vae, tmp_path / "cache")
 
     cache = LatentCache(tmp_path / "cache")
     assert np.array_equal(cache.labels, images.labels) and cache.classes == images.classes
@@ -615,7 +615,7 @@ def run_together(start, line, world):
 def test_an_unreadable_image_keeps_its_row_with_label_minus_1(photos, whole, many):
     assert sorted(whole) == [
         "00000.npy", "00001.npy", "00002.npy",
-        "cache.json", "labels.npy", "reconstructions.png", "settings.json", "vae.pt",
+        "cache.json", "labels.npy", "names.json", "reconstructions.png", "settings.json", "vae.pt",
     ]  # fmt: skip
     cache, images = LatentCache(many / "whole"), Images("photos", 4)
     left_out = [Path(images.name(i)).name for i in np.flatnonzero(cache.labels < 0)]
@@ -650,15 +650,17 @@ def test_a_killed_encoding_is_resumed_by_another_number_of_processes(start, whol
 
     _, err = command("train.py --data cache", expect=2)
     assert "cache: not a latent cache, or an unfinished one: python vae.py encode" in err
-    for other in ("--batch-size 5", "--image-size 8"):
-        _, err = command(f"{ENCODE} cache {other}", expect=2)
-        assert "cache: unfinished, of other inputs or settings; finish it with those" in err
+    _, err = command(f"{ENCODE} cache --image-size 8", expect=2)
+    assert "cache: is of other inputs or settings; give another --out" in err
 
     run_together(start, f"{ENCODE} cache", 3)
     assert files_of("cache") == whole
     assert all(path.stat().st_mtime_ns == made_at for path, made_at in made.items())
-    _, err = command(f"{ENCODE} cache", expect=2)
-    assert "cache: is a complete cache; remove it or give another" in err
+    command(f"{ENCODE} cache")  # of a complete cache: the same again
+    assert files_of("cache") == whole
+    assert all(path.stat().st_mtime_ns == made_at for path, made_at in made.items())
+    _, err = command(f"{ENCODE} cache --image-size 8", expect=2)
+    assert "cache: is of other inputs or settings" in err
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -677,7 +679,7 @@ def test_encode_names_what_it_left_out_and_says_how_good_the_vae_is(tmp_path, mo
         out = capsys.readouterr().out
         for name in ("a/0.jpg", "b/1.jpg", "b/float.tif"):
             assert f"left out, not readable: 'tree/{name}'\n" in out
-        assert f"wrote 3 of 6 images to {workers}\n2 classes: a, b\n" in out
+        assert f"wrote 3 of 6 images to {workers}; classes: a, b\n" in out
         assert "scale of the latents 1.0000, from its file\n" in out
         assert float(re.search(r"mean error of the VAE (\S+) of 2", out)[1]) > 0.1
         assert "warning: images will be blurred (0.02 is sharp); train a VAE: demo/train" in out
