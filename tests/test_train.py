@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import model
 import train
 import vae
 from model import SIZES, TransDiff, derive_seed, load_checkpoint, load_file
-from train import RECIPES, Chains, learning_rate, make_optimizer, memory_per_chain
+from train import RECIPES, Chains, growing_scales, learning_rate, make_optimizer, memory_per_chain
 from train import micro_batches_needed, split, update_ema
 from vae import Images, LatentCache, encode_images, load_vae, sample_posterior
 
@@ -114,6 +115,120 @@ def test_held_out_images_are_never_trained_on(refs):
     chains = Chains(cache, kept, refs, 10, seed=0)
     seen = np.unique(np.concatenate([chains.indices(step).ravel() for step in range(300)]))
     assert np.array_equal(seen, kept)
+
+
+# -------------------------------------------------------------------------------- kinds of chains
+
+
+def test_scale_ar_is_one_image_at_growing_scales():
+    x = torch.randn(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    chains = growing_scales(x)
+    assert chains.shape == (2, 4, 3, 8, 8) and torch.equal(chains[:, 3], x[:, 0])
+    mean = x[:, 0].mean((-2, -1), keepdim=True).expand(2, 3, 8, 8)
+    torch.testing.assert_close(chains[:, 0], mean)  # 1 position, enlarged
+    # 2 x 2 positions are their means in the corners, which bilinear enlargement keeps.
+    quarter = x[:, 0, :, :4, :4].mean((-2, -1))
+    torch.testing.assert_close(chains[:, 1, :, 0, 0], quarter)
+    assert growing_scales(torch.randn(1, 1, 3, 5, 5)).shape == (1, 4, 3, 5, 5)
+
+
+def test_chains_of_scales_are_trained_drawn_and_resumed(project, tiny, capsys):
+    run_in_process(f"train.py {SHORT} --steps 1")
+    flags = "--chains scales --batch-size 8 --steps 2 --sample-every 2"
+    run_in_process(f"finetune_mrar.py {flags}")
+    assert "0.3 epochs of 60 images" in capsys.readouterr().out  # every image is a chain
+    ckpt = load_file("runs/mrar/ema.pt")
+    assert ckpt["chains"] == "scales" and ckpt["sampling"]["null_refs"]
+    assert load_checkpoint("runs/mrar").info["chains"] == "scales"
+    assert not load_checkpoint("runs/train").sampling["null_refs"]
+    run_in_process("sample.py --ckpt runs/mrar --class 1 --n 1 --show-chain")
+    assert "null_refs True" in capsys.readouterr().out
+    run_in_process("finetune_mrar.py --resume --steps 3")
+    run_in_process("finetune_mrar.py --resume --steps 4 --chains images", expect=2)
+    assert "chains scales there, images here" in last_line(capsys.readouterr().err)
+    run_in_process(f"finetune_mrar.py {flags} --refs 16 --out other", expect=2)
+    assert "--chains scales: has 4 images, not --refs 16" in last_line(capsys.readouterr().err)
+
+
+@pytest.fixture
+def listed(project, tiny, garments, capsys):
+    """A cache of a folder: a/0.png ... a/19.png, of which 19 is unreadable, and b/0.png ..."""
+    for i in range(40):
+        path = Path("photos", "ab"[i // 20], f"{i % 20}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(garments[0][i]).save(path)
+    Path("photos/a/19.png").write_bytes(b"broken")
+    run_in_process("vae.py encode --data photos --vae vae.pt --out of-photos")
+    run_in_process("train.py --data of-photos --batch-size 8 --steps 1 --sample-every 0")
+    capsys.readouterr()
+    return LatentCache("of-photos")
+
+
+def chain_list(*chains):
+    """Write chains (class, numbers) as the release does, in chains.txt."""
+    lines = [dict(cate=k, files=[f"{i}.JPEG" for i in numbers]) for k, numbers in chains]
+    Path("chains.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_each_epoch_uses_each_listed_chain_once_in_a_new_order(listed):
+    chains = [("a", range(k, k + 4)) for k in range(8)] + [("b", [7, 3, 5, 1])]
+    chain_list(*chains)
+    images, _ = split(listed.labels, 0)
+    rows = train.read_chains("chains.txt", listed, images, 4)
+    names = [os.path.relpath(path, "photos") for path in Images("photos").items]
+    assert [[names[i] for i in row] for row in rows] == [
+        [f"{k}/{i}.png" for i in numbers] for k, numbers in chains
+    ]
+    sampler = Chains(listed, images, 4, batch_size=3, seed=0, listed=rows)
+    epochs = [[sampler.indices(3 * e + s) for s in range(3)] for e in range(2)]
+    first, second = (np.concatenate(epoch).tolist() for epoch in epochs)
+    assert sorted(first) == sorted(second) == sorted(rows.tolist()) and first != second
+
+
+def test_stage_2_is_trained_on_a_list_of_chains(listed, capsys):
+    _, held_out = split(listed.labels, 0.1)
+    out = [i for i in held_out if i < 19][0]  # of class a
+    rest = [i for i in range(19) if i not in held_out]
+    chains = [rest[:4], rest[4:8], [*rest[:3], out], [*rest[:3], 19], [*rest[:3], 99]]
+    chain_list(*(("a", chain) for chain in chains), ("nothing", range(4)))
+    flags = "--batch-size 2 --steps 2 --sample-every 0 --holdout 0.1"
+    run_in_process(f"finetune_mrar.py --chains chains.txt {flags}")
+    printed = capsys.readouterr().out
+    rest = "the others have images that are absent, unreadable or held out"
+    assert f"chains.txt: 2 of 6 chains; {rest}\n" in printed and "2.0 epochs" in printed
+    assert "1 of 2 classes have no images, or fewer than 4: b" in printed
+    assert load_file("runs/mrar/ema.pt")["chains"] == "chains.txt"
+    run_in_process("finetune_mrar.py --resume --steps 3")
+
+
+@pytest.mark.parametrize("line,message", [
+    ("{", "chains.txt, line 2: not a usable chain"),
+    ('{"cate": "a"}', "chains.txt, line 2: not a usable chain (no 'files')"),
+    ('{"cate": "a", "files": [1, 2, 3, 4]}', "chains.txt, line 2: not a usable chain"),
+    ('{"cate": "a", "files": ["1.png"]}', "line 2: not a usable chain (it has 1 files, refs is 4)"),
+    ("[1]", "chains.txt, line 2: not a usable chain"),
+])  # fmt: skip
+def test_a_malformed_list_is_refused_by_its_line(line, message, listed, capsys):
+    chain_list(("a", range(4)))
+    with open("chains.txt", "a") as f:
+        f.write(line)
+    run_in_process("finetune_mrar.py --chains chains.txt", expect=2)
+    assert message in last_line(capsys.readouterr().err)
+    assert not Path("runs/mrar").exists()
+
+
+def test_a_list_without_a_chain_of_the_cache_is_refused(listed, capsys):
+    def refused(flags):
+        run_in_process(f"finetune_mrar.py {flags}", expect=2)
+        return last_line(capsys.readouterr().err)
+
+    chain_list(("nothing", range(4)))
+    assert "chains.txt: has no chain of images in of-photos" in refused("--chains chains.txt")
+    Path("chains.txt").write_text("")
+    assert "chains.txt: has no chain of images in of-photos" in refused("--chains chains.txt")
+    assert "gone.txt: No such file" in refused("--chains gone.txt")
+    message = "--chains chains.txt: cache has no file names; encode a folder"
+    assert message in refused("--chains chains.txt --data cache")
 
 
 # ---------------------------------------------------------------------- recipes and parts of a step
