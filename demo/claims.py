@@ -42,7 +42,6 @@ import diversity  # noqa: E402
 import fid  # noqa: E402
 import finetune_mrar  # noqa: E402
 import train  # noqa: E402
-import train_features  # noqa: E402
 from curves import plot  # noqa: E402
 
 CFG = 2  # guidance scale where it is not the question
@@ -55,7 +54,6 @@ FULL = dict(
     keep=400,  # steps between its kept checkpoints
     tune=500,  # steps of stage 2, and of the control
     pictures=500,  # steps between pictures
-    net_steps=1000,  # of the second feature network
     num=1000,  # chains to measure
     few=500,  # chains to measure where they take long
     positions=(0, 1, 2, 3, 15, 63),  # images of a chain to measure
@@ -66,7 +64,7 @@ FULL = dict(
     factors=(1.0, 0.9, 0.8),  # s1, s2
     refs=(1, 4, 16, 64),
     features=(8, 16, 32, 64),  # of 64, to draw from
-    draws=4,  # of (t, noise) per held-out image
+    draws=4,  # of (t, noise) per held-out image, and of chains to measure their diversity
     long=(7000, 3500, 6000),  # steps of the bundled model: stage 1, and twice stage 2
 )
 QUICK = dict(
@@ -76,7 +74,6 @@ QUICK = dict(
     keep=2,
     tune=2,
     pictures=0,
-    net_steps=2,
     num=10,
     few=10,
     positions=(0, 3),
@@ -92,9 +89,7 @@ QUICK = dict(
 )
 args = argparse.Namespace(**FULL)  # main adds the flags
 
-# Loading takes longer than the features of a few images.
 load_vae = functools.cache(load_vae)
-fid.load_net = functools.cache(fid.load_net)
 
 
 # -------------------------------------------------------------------------------- baselines
@@ -234,6 +229,8 @@ def neighbour_chains(seed):
     An image, in random order, takes the three nearest that are left.
     """
     path = args.out / f"neighbours-{seed}.txt"
+    if path.exists():
+        return path
     cache, images, _ = cache_of(seed)
     names = [f"{cache.classes[k]}/{i}" for i, k in enumerate(cache.labels)]
     write_json(cache.path / "names.json", names)  # the cache of an .npz has none
@@ -255,21 +252,16 @@ def neighbour_chains(seed):
 
 
 # -------------------------------------------------------------------------------- distances
+NET = DEMO / "features.pt"
+
+
 @functools.cache
-def networks():
-    """{name: (feature network, statistics of the data)}: the bundled network, and one of another
-    seed and width."""
-    paths = {"features.pt": DEMO / "features.pt", "features-2.pt": args.out / "features-2.pt"}
-    if not paths["features-2.pt"].exists():
-        flags = dict(seed=1, width=1.5, steps=args.net_steps, batch_size=2 * args.images)
-        run(train_features, data=args.data, out=paths["features-2.pt"], **flags)
-    result = {}
-    for name, path in paths.items():
-        stats = args.out / f"statistics-{name}.npz"
-        if not stats.exists():
-            run(fid, samples=args.data, net=path, save_stats=stats)
-        result[name] = path, stats
-    return result
+def statistics():
+    """Path of the statistics of the data in the features of the bundled network."""
+    path = args.out / "statistics.npz"
+    if not path.exists():
+        run(fid, samples=args.data, net=NET, save_stats=path)
+    return path
 
 
 def draw_images(name, seed, draw, labels):
@@ -287,26 +279,20 @@ def draw_images(name, seed, draw, labels):
 
 
 def figures(images, labels, ref=None):
-    """Rows (network, metric, value) of images in both networks: distance and accuracy, and against
-    the images `ref` also precision and recall."""
-    rows = []
+    """Rows (metric, value) of images: distance, accuracy; with images `ref` precision, recall."""
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder, "samples.npz")
+        result = Path(folder, "figures.json")
         classes = np.load(args.data)["classes"]
         np.savez(samples, arr_0=images, arr_1=labels, classes=classes)
-        for network, (net, stats) in networks().items():
-            result = Path(folder, f"{network}.json")
-            run(fid, samples=samples, ref=ref or stats, net=net, json=result)
-            values = json.loads(result.read_text())
-            rows.append((network, "distance", values["frechet_distance"]))
-            for metric in ("accuracy", "precision", "recall"):
-                if metric in values:
-                    rows.append((network, metric, values[metric]))
-    return rows
+        run(fid, samples=samples, ref=ref or statistics(), net=NET, json=result)
+        values = json.loads(result.read_text())
+    rows = [("distance", values["frechet_distance"])]
+    return rows + [(k, values[k]) for k in ("accuracy", "precision", "recall") if k in values]
 
 
 def measure(name, seed, draw, num=None, ref=None):
-    """Rows (setting, network, metric, value) of `num` chains that `draw` draws, by position."""
+    """Rows (setting, metric, value) of `num` chains that `draw` draws, by position."""
 
     def compute():
         labels = torch.arange(num or args.num) % 10
@@ -319,27 +305,28 @@ def measure(name, seed, draw, num=None, ref=None):
     return [(f"{name}, image {k}" if several else name, *row) for k, *row in rows]
 
 
-def at_scales(name, seed, draw, scales=None, num=None):
-    """Rows at every guidance scale, and for each image and network the best distance and scale."""
+def at_scales(name, seed, draw, scales=None, num=None, ref=None):
+    """Rows at every guidance scale, and for each image the best distance and scale."""
     best = {}
     for cfg in scales or args.scales:
-        for row in measure(f"{name}, cfg {cfg:g}", seed, functools.partial(draw, cfg=cfg), num):
+        for row in measure(
+            f"{name}, cfg {cfg:g}", seed, functools.partial(draw, cfg=cfg), num, ref
+        ):
             yield row
-            setting, network, metric, value = row
+            setting, metric, value = row
             if metric == "distance":
-                key = setting.replace(f"cfg {cfg:g}", "best cfg"), network
-                best[key] = min(best.get(key, (math.inf, 0)), (value, cfg))
-    for key, (value, cfg) in best.items():
-        yield *key, "distance", value
-        yield *key, "cfg", cfg
+                setting = setting.replace(f"cfg {cfg:g}", "best cfg")
+                best[setting] = min(best.get(setting, (math.inf, 0)), (value, cfg))
+    for setting, (value, cfg) in best.items():
+        yield setting, "distance", value
+        yield setting, "cfg", cfg
 
 
 def sampler(model, **settings):
     """draw(labels, noise_sampler) of `measure`: chains without noise in few steps, guided as in the
     release."""
-    defaults = dict(sampler="adams-bashforth", steps=args.evaluations)
-    defaults.update(cfg_below=1.0, null_refs=True)
-    settings = {**defaults, **settings}
+    few = dict(sampler="adams-bashforth", steps=args.evaluations, cfg_below=1.0, null_refs=True)
+    settings = {**few, **settings}
 
     def draw(labels, randn, **more):
         return model.sample(labels, noise_sampler=randn, **settings, **more)
@@ -406,44 +393,25 @@ def losses(model, images, null, references=None):
 
 @torch.no_grad()
 def compare_references(seed):
-    """Rows (setting, network, metric, value): the loss with references, what they take off it (the
-    gain) and its standard error."""
+    """Rows (setting, metric, value) of stage 2 as it goes on: what references take off the loss of
+    the next image (the gain)."""
     images, kinds = held_out_images(seed)
-    paths = {"stage 1": stage1(seed) / "ema.pt", "control": control(seed) / "ema.pt"}
-    paths["MRAR"] = stage2(seed) / "ema.pt"
-    for path in sorted(stage2(seed).glob("ema-*.pt")):
-        paths[f"MRAR, step {int(path.stem[4:])}"] = path
-
+    cases = {f"{kind}, image 3": chain for kind, chain in kinds.items()}
+    cases["real, image 1"] = kinds["real"][:, :1]
     rows = []
-    for name, path in paths.items():
+    for path in sorted(stage2(seed).glob("ema-*.pt")):
         model = load_checkpoint(path, args.device)  # float32, since the differences are small
-        cases = {}
-        if name == "MRAR":
-            randn = per_image_noise(seed, range(len(images[0])))
-            drawn = sampler(model, refs=3, cfg=CFG)(images[1], randn)
-            kinds.update(zero=torch.zeros_like(drawn), drawn=drawn)
-            for kind, chain in kinds.items():
-                for k in (1, 2, 3):
-                    cases[f"{kind}, image {k}"] = chain[:, :k]
-        elif name.startswith("MRAR"):
-            cases["real, image 3"] = kinds["real"]
-
         for null, condition in enumerate(("class", "null class")):
             alone = losses(model, images, null)
-            rows.append((f"{condition}, {name}, no references", "", "loss", alone.mean().item()))
             for case, references in cases.items():
-                with_them = losses(model, images, null, references)
-                gain = alone - with_them
-                error = gain.std() / len(gain) ** 0.5
-                setting = f"{condition}, {name}, {case}"
-                rows.append((setting, "", "loss", with_them.mean().item()))
-                rows.append((setting, "", "gain", gain.mean().item()))
-                rows.append((setting, "", "error of gain", error.item()))
+                gain = alone - losses(model, images, null, references)
+                setting = f"{condition}, step {int(path.stem[4:])}, {case}"
+                rows.append((setting, "gain", gain.mean().item()))
     return rows
 
 
 # -------------------------------------------------------------------------------- the claims
-# Each gives rows (setting, network, metric, value) of one seed.
+# Each gives rows (setting, metric, value) of one seed.
 def mrar(seed):
     """MRAR is better than 1-step AR (Tables 2-4), also if that is trained as long, each at its best
     guidance."""
@@ -474,16 +442,9 @@ def autoguidance(seed):
 
 
 def interval(seed):
-    """Guidance at low t alone is better (ours, after Kynkaanniemi et al. 2024), for MRAR without
-    references in null."""
-    below = functools.partial(sampler, cfg_below=CFG_BELOW)
-    scales = args.scales[-2:]
-    draw = below(load(control(seed)))
-    yield from at_scales(f"control, t to {CFG_BELOW}", seed, draw, scales)
-    for word, null_refs in (("with", True), ("without", False)):
-        draw = below(load(stage2(seed)), null_refs=null_refs)
-        name = f"MRAR, null {word} references, t to {CFG_BELOW}"
-        yield from at_scales(name, seed, draw, scales)
+    """Guidance at low t alone is better (ours, after Kynkaanniemi et al. 2024)."""
+    draw = sampler(load(control(seed)), cfg_below=CFG_BELOW)
+    yield from at_scales(f"control, t to {CFG_BELOW}", seed, draw)
 
 
 def noise(seed):
@@ -546,16 +507,16 @@ def t(seed):
 
 
 def similarities(name, seed, path):
-    """Rows (setting, network, metric, value) of what diversity.py prints of a checkpoint."""
+    """Rows (setting, metric, value) of what diversity.py prints of a checkpoint."""
 
     def compute():
         with redirect_stdout(io.StringIO()) as table:
-            run(diversity, ckpt=path)
+            run(diversity, ckpt=path, seeds=args.draws)
         return next(csv.DictReader(table.getvalue().splitlines()))
 
     row = cached(f"similarity, {name}, seed {seed}", compute)
-    yield name, "", "similarity (Eq. 15)", float(row["similarity"])
-    yield name, "", "similarity (release)", float(row["released"])
+    yield name, "similarity (Eq. 15)", float(row["similarity"])
+    yield name, "similarity (release)", float(row["released"])
 
 
 def steps(seed):
@@ -599,14 +560,14 @@ def features(seed):
         for count in args.features:
 
             def draw(labels, randn):
-                settings = dict(sampler="adams-bashforth", steps=args.evaluations, cfg_below=1.0)
-                noise = randn(torch.empty(len(labels), *model.config.latent_shape))
-                noise = noise.to(args.device)
-                refs = model.config.refs - 1
-                chain = model.sample(labels, refs, noise=noise, cfg=CFG, null_refs=True, **settings)
+                shape = (len(labels), *model.config.latent_shape)
+                noise = randn(torch.empty(shape, device=args.device))
+                draw_chain = sampler(model, refs=model.config.refs - 1, cfg=CFG, noise=noise)
+                chain = draw_chain(labels, randn)
                 null = torch.full_like(labels, model.config.num_classes)
                 c, c_null = (model.encode(y, chain)[:, :count] for y in (labels, null))
-                return model.decode(c, noise, c_null, CFG, **settings)[:, None]
+                few = dict(sampler="adams-bashforth", steps=args.evaluations)
+                return model.decode(c, noise, c_null, CFG, **few)[:, None]
 
             yield from measure(f"{name}, features {count}", seed, draw, args.few)
 
@@ -622,8 +583,8 @@ def length(seed):
     models = {"1-step, trained long": load(folder), "bundled MRAR": load(DEMO, DEMO_MODEL.name)}
     for name, model in models.items():
         for below in (1.0, CFG_BELOW):
-            draw = sampler(model, cfg=CFG, cfg_below=below, null_refs=False)
-            yield from measure(f"{name}, t to {below}", seed, draw, ref=args.data)
+            draw = sampler(model, cfg_below=below, null_refs=False)
+            yield from at_scales(f"{name}, t to {below}", seed, draw, ref=args.data)
 
 
 FUNCTIONS = (mrar, baselines, scales, neighbours, features, references, autoguidance, interval)
@@ -640,21 +601,21 @@ CURVES = (
 
 
 # -------------------------------------------------------------------------------- table and curves
-HEADER = "claim,setting,seed,network,metric,value".split(",")
+HEADER = "claim,setting,seed,metric,value".split(",")
 
 
 def read_table(path):
-    """{(claim, setting, seed, network, metric): value}, in the order of the file."""
+    """{(claim, setting, seed, metric): value}, in the order of the file."""
     lines = path.read_text().splitlines()[1:] if path.exists() else []
-    return {tuple(row[:5]): float(row[5]) for row in csv.reader(lines)}
+    return {tuple(row[:4]): float(row[4]) for row in csv.reader(lines)}
 
 
 def record(path, claim, seed, rows):
     """Put the rows of a claim and seed in the table; a row that is there keeps its place."""
     rows = list(rows)  # hours of work, in which another run may write to the table
     table = read_table(path)
-    for setting, network, metric, value in rows:
-        table[claim, setting, str(seed), network, metric] = value
+    for setting, metric, value in rows:
+        table[claim, setting, str(seed), metric] = value
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(HEADER)
@@ -664,12 +625,12 @@ def record(path, claim, seed, rows):
 
 
 def over_seeds(path):
-    """{claim: {setting: {(network, metric): values of all seeds}}}."""
+    """{claim: {setting: {metric: values of all seeds}}}."""
     tables = {}
-    for (claim, setting, _, *column), value in read_table(path).items():
+    for (claim, setting, _, metric), value in read_table(path).items():
         settings = tables.setdefault(claim, {})
         cells = settings.setdefault(setting, {})
-        cells.setdefault(tuple(column), []).append(value)
+        cells.setdefault(metric, []).append(value)
     return tables
 
 
@@ -686,8 +647,7 @@ def markdown(path):
     lines = []
     for claim, settings in over_seeds(path).items():
         columns = list(dict.fromkeys(column for cells in settings.values() for column in cells))
-        names = [f"{metric} ({network})" if network else metric for network, metric in columns]
-        table = [[claim, *names], ["---"] * (1 + len(columns))]
+        table = [[claim, *columns], ["---"] * (1 + len(columns))]
         for setting, cells in settings.items():
             numbers = [mean_and_deviation(cells.get(column)) for column in columns]
             table.append([setting, *numbers])
@@ -696,15 +656,14 @@ def markdown(path):
 
 
 def draw_curves(path):
-    """Curves of means over seeds by the bundled network, of 1-step AR only the control, of a chain
-    the last image."""
+    """Curves of means over seeds: of 1-step AR only the control, of a chain the last image."""
     # "NAME, cfg 1.5, image 3": the name of the curve, that of the x axis, and x.
     pattern = r"(?!stage 1)(.*)(cfg|evaluations|step) ([\d.]+)(?:, (?:real, )?image 3)?"
     for claim, metric in CURVES:
         curves = {}
         for setting, cells in over_seeds(path).get(claim, {}).items():
             match = re.fullmatch(pattern, setting)
-            values = cells.get(("features.pt", metric)) or cells.get(("", metric))
+            values = cells.get(metric)
             if match and values:
                 name = match[1].strip(", ") or metric
                 x, y = curves.setdefault(name, ([], []))
@@ -721,8 +680,8 @@ def few_images(path):
     """The first 16 of the bundled images of each class, for --quick."""
     if not path.exists():
         data = dict(np.load(DEMO_DATA))
-        first = np.concatenate([np.flatnonzero(data["labels"] == k)[:16] for k in range(10)])
-        first.sort()
+        by_class = np.argsort(data["labels"], kind="stable").reshape(10, -1)
+        first = np.sort(by_class[:, :16], axis=None)
         data.update(images=data["images"][first], labels=data["labels"][first])
         atomic_write(path, lambda f: np.savez(f, **data))
     return path
@@ -737,12 +696,15 @@ def main():
     add("--quick", action="store_true", help="tiny runs of one seed: only shows that all works")
     add("--out", type=Path, help="folder of the runs (default: runs/claims)")
     vars(args).update(vars(parser.parse_args()))
+    fid.load_net = functools.cache(fid.load_net)  # takes longer than the features of a few images
     table = (args.out or DEMO) / "claims.csv"
     args.out = args.out or Path("runs/claims")
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(None, args.device)
     if args.quick:
         vars(args).update(QUICK, seeds=args.seeds[:1], data=few_images(args.out / "images.npz"))
+        small = dict(width=32, heads=1, ar_depth=1, dit_depth=1)
+        train.SIZES["XS"] = dataclasses.replace(train.SIZES["XS"], **small)
         table = args.out / "claims.csv"
     for claim in CLAIMS:
         for seed in args.seeds:

@@ -1,18 +1,32 @@
 """The study of the paper's claims, demo/claims.py: a tiny run of all of it."""
 
 import csv
+import dataclasses
 import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from in_process import run_in_process  # noqa: F401 - finds the scripts of demo/
+
+import claims
+from model import SIZES, TransDiff
+from train import read_chains
 
 ARGV = "demo/claims.py --quick --out study"
-CLAIMS = "mrar references autoguidance interval noise samplers s1_s2 t steps refs".split()
+CLAIMS = (
+    "mrar baselines scales neighbours features references autoguidance interval noise samplers "
+    "s1_s2 t steps refs length"
+).split()
 
 
 def values(rows, claim):
-    """{setting: distance in the bundled network} of a claim."""
+    """{setting: distance} of a claim."""
     return {
         row["setting"]: float(row["value"])
         for row in rows
-        if (row["claim"], row["network"], row["metric"]) == (claim, "features.pt", "distance")
+        if (row["claim"], row["metric"]) == (claim, "distance")
     }
 
 
@@ -30,14 +44,6 @@ def test_every_claim_has_finite_figures_and_a_second_run_adds_nothing(command, t
     assert list(dict.fromkeys(row["claim"] for row in rows)) == CLAIMS
     assert all(math.isfinite(float(row["value"])) for row in rows)
 
-    # Both networks measure the same sets.
-    measured = {"features.pt": set(), "features-2.pt": set()}
-    for row in rows:
-        if row["metric"] == "distance":
-            measured[row["network"]].add((row["claim"], row["setting"]))
-    assert measured["features.pt"] == measured["features-2.pt"]
-    assert ("mrar", "MRAR, cfg 2, image 3") in measured["features.pt"]
-
     # The best of a grid is its minimum.
     grid = values(rows, "mrar")
     expected = min(grid["MRAR, cfg 1, image 3"], grid["MRAR, cfg 2, image 3"])
@@ -50,6 +56,11 @@ def test_every_claim_has_finite_figures_and_a_second_run_adds_nothing(command, t
     assert guided["MRAR, cfg 2, image 3"] != guided[f"{other}, image 3"]
     assert guided["control, cfg 2"] != guided["control against step 2, cfg 2"]
     assert len(set(values(rows, "samplers").values())) > 2
+    names = ("stage 1", "diffusion only", "diffusion only, 6 blocks", "diffusion loss")
+    distances = [values(rows, "baselines")[f"{name}, cfg 2"] for name in names]
+    assert len(set(distances)) == 4
+    few_and_all = values(rows, "features")
+    assert few_and_all["MRAR, features 8"] != few_and_all["MRAR, features 64"]
 
     # The printed table has every setting of every claim, and there is a picture of each curve.
     assert all(f"| {row['setting']} |" in printed for row in rows)
@@ -61,3 +72,50 @@ def test_every_claim_has_finite_figures_and_a_second_run_adds_nothing(command, t
     command(ARGV)
     assert (folder / "claims.csv").read_text() == text
     assert written(folder) == files
+
+
+def test_the_baselines_are_what_they_are_called():
+    config = dataclasses.replace(SIZES["XS"], num_classes=5)
+    torch.manual_seed(0)
+    plain, deep, alone = (build(config).eval() for build in claims.BASELINES.values())
+    parameters = sum(p.numel() for p in TransDiff(config).parameters())
+    labels = torch.arange(3)
+
+    # Diffusion only: of the AR Transformer nothing but the class embedding has a gradient.
+    plain.loss(torch.randn(3, 1, 8, 8, 8), labels).backward()
+    used = {name for name, p in plain.ar.named_parameters() if p.grad is not None}
+    assert used == {"class_embedding.weight", "null_class"}
+    assert len(plain.decoder.blocks) == 4 and len(deep.decoder.blocks) == 6
+    in_use = [p for net in (deep.decoder, deep.ar.class_embedding) for p in net.parameters()]
+    assert sum(p.numel() for p in in_use) == pytest.approx(parameters, rel=0.15)
+
+    # Diffusion loss: a token depends on no other token, and on the c of its own position alone.
+    torch.nn.init.normal_(alone.decoder.output_proj.weight)
+    x = torch.randn(1, 8, 8, 8)
+    c = alone.encode(labels[:1])
+    with torch.no_grad():
+        before = alone.velocity(x, torch.tensor([0.5]), c)
+        for change in (x, c[0].T.unflatten(1, (8, 8))[None]):
+            change[:, :, 2, 3] += 1
+            after = alone.velocity(x, torch.tensor([0.5]), c)
+            changed = (after != before).any(dim=1)[0].nonzero().tolist()
+            assert changed == [[2, 3]]
+            before = after
+
+
+def test_neighbours_are_chains_of_one_class_that_use_each_image_once(tmp_path, monkeypatch):
+    """An image is beside its copies."""
+    rng = np.random.default_rng(0)
+    groups = rng.normal(size=(6, 1, 8, 8, 8)).astype(np.float16)
+    moments = np.repeat(groups, 4, axis=1).reshape(24, 8, 8, 8)  # four copies each
+    order = rng.permutation(24)
+    means = np.concatenate([moments[order], np.zeros_like(moments)], axis=1)
+    cache = SimpleNamespace(
+        labels=order // 12, classes=["a", "b"], scale=1.0, path=tmp_path,
+        moments=lambda indices, flips: means[indices],
+    )  # fmt: skip
+    monkeypatch.setattr(claims, "cache_of", lambda seed: (cache, np.arange(24), None))
+    monkeypatch.setattr(claims.args, "out", tmp_path, raising=False)
+    chains = read_chains(claims.neighbour_chains(0), cache, np.arange(24), 4)
+    assert sorted(chains.ravel()) == list(range(24))
+    assert all(len(set(order[chain] // 4)) == 1 for chain in chains)

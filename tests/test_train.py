@@ -186,10 +186,11 @@ def test_each_epoch_uses_each_listed_chain_once_in_a_new_order(listed):
 
 
 def test_stage_2_is_trained_on_a_list_of_chains(listed, capsys):
-    _, held_out = split(listed.labels, 0.1)
-    out = [i for i in held_out if i < 19][0]  # of class a
-    rest = [i for i in range(19) if i not in held_out]
-    chains = [rest[:4], rest[4:8], [*rest[:3], out], [*rest[:3], 19], [*rest[:3], 99]]
+    kept, held_out = split(listed.labels, 0.1)
+    names = [Path(path).stem for path in Images("photos").items]
+    a = [names[i] for i in kept if listed.labels[i] == 0]
+    out = next(names[i] for i in held_out if listed.labels[i] == 0)
+    chains = [a[:4], a[4:8], [*a[:3], out], [*a[:3], "19"], [*a[:3], "99"]]
     chain_list(*(("a", chain) for chain in chains), ("nothing", range(4)))
     flags = "--batch-size 2 --steps 2 --sample-every 0 --holdout 0.1"
     run_in_process(f"finetune_mrar.py --chains chains.txt {flags}")
