@@ -11,6 +11,7 @@ Samples and reference are folders of images or .npz files of uint8 images (arr_0
 TorchScript file is a program that runs when it is loaded: name only networks that you trust.
 """
 
+import sys
 from pathlib import Path
 
 # model comes before torch: it sets how OpenMP's threads wait.
@@ -197,7 +198,7 @@ def main():
         ref_features, _ = extract(net, reference, args, device)
         stats = stats or mean_and_covariance(ref_features)
         measures = precision_recall(features, ref_features, device=device)
-        result.update(zip(("precision", "recall"), measures))
+        result["precision"], result["recall"] = measures
     if stats:
         result["frechet_distance" if args.net else "fid"] = frechet_distance(mu, sigma, *stats)
     known = getattr(net, "classes", [])  # of demo/train_features.py
@@ -226,7 +227,9 @@ def report(args, samples, known, result):
     if known and "accuracy" not in result:
         print(f"{net} was trained on {shorten(known)}; of other images its numbers mean little")
     if len(samples) < 10_000:
-        print("warning: a distance of fewer than 10,000 samples is biased upwards")
+        print(
+            "warning: the distance of fewer than 10,000 samples is biased upwards", file=sys.stderr
+        )
 
 
 if __name__ == "__main__":

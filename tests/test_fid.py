@@ -189,7 +189,7 @@ def test_the_command_gives_what_the_definitions_say(tmp_path, measure, net, coun
     assert set(got) == numbers | {"network", "samples", "reference", "num_samples"}
     # FID and the Inception Score are of Inception's features.
     assert "fid " not in printed.out and "inception" not in printed.out.lower()
-    assert f"{got['frechet_distance']:.4f}" in printed.out and "fewer than 10,000" in printed.out
+    assert f"{got['frechet_distance']:.4f}" in printed.out and "fewer than 10,000" in printed.err
 
 
 def test_statistics_are_saved_and_reused(tmp_path, measure, net):
