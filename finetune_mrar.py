@@ -5,7 +5,7 @@
 
 The loop is train.py's. What differs: a sample is a chain of `refs` images of one class (Eq. 11),
 the mask is block-causal (Figure 3 e), and the run starts from stage 1, with its size and its
-images: the mask embedding is copied into every mask token.
+images. The one mask embedding of stage 1 is copied into every mask token.
 """
 
 from pathlib import Path

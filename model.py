@@ -439,8 +439,8 @@ class TransDiff(nn.Module):
     (the paper writes "causal"), and c of `width` numbers per token (the paper: d f f).
 
     sampling  settings of `sample` that fit these weights; checkpoints carry them
-    info      of a checkpoint: step, classes (names), empty (classes never trained), chains (kind),
-              vae_digest
+    info      of a checkpoint: step, classes (names), empty (classes never trained), vae_digest,
+              chains (the flag)
     """
 
     def __init__(self, config):
@@ -749,7 +749,7 @@ def load_checkpoint(path, device="cpu", ema=True):
         model = TransDiff(config)
     with user_file(path, "TransDiff model"):
         model.load_state_dict(state, assign=True)
-    info = ("step", "classes", "vae_digest", "empty", "chains")
+    info = "step classes vae_digest empty chains".split()
     model.info.update({k: v for k, v in ckpt.items() if k in info})
     model.sampling.update(ckpt.get("sampling", {}))
     return model.to(device).eval().requires_grad_(False)
@@ -794,7 +794,7 @@ def run_main(main):
         # A process that reads data puts its traceback before the message.
         line = line.splitlines()[-1].removeprefix("model.UserError: ")
     except (torch.OutOfMemoryError, MemoryError):
-        line = "out of memory; lower --batch-size, or in training raise --accumulate"
+        line = "out of memory; draw fewer images at once, or in training raise --accumulate"
     except RuntimeError as e:
         if "DataLoader worker" not in str(e):
             raise

@@ -102,7 +102,7 @@ def load(args, device):
         beside = path.parent / "vae.pt"
         vae_path = beside if beside.exists() else DEMO_VAE
     model = load_checkpoint(path, device)
-    model.info["written"] = path.stat().st_mtime_ns
+    model.info["written"] = args.pretrained or path.stat().st_mtime_ns
     args.refs = args.refs or model.config.refs
     model.sampling = model.merge_settings({k: getattr(args, k) for k in model.sampling})
     return cast_weights(model, args.dtype), load_vae(args.vae or vae_path, device, model)
@@ -117,7 +117,8 @@ def choose_classes(args, model):
 
 
 def draw(model, vae, labels, first, args, on_step=None):
-    """Draw the chains of `labels`, images `first` ... of the seed.
+    """Draw a chain for each label. They are numbered from `first` on; the seed and the number fix
+    the noise.
 
     Returns the last images, uint8 [B, H, W, 3]; with --show-chain all, [B, refs, H, W, 3].
     """

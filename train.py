@@ -3,9 +3,9 @@
     python train.py                                       the XS demo on the bundled images
     torchrun --nproc_per_node 8 train.py --size B --data LATENTS    the paper's recipe on ImageNet
 
-A run writes OUT/last.pt (all that --resume needs), OUT/ema.pt (EMA weights in float16, for
-sample.py), OUT/log.csv and pictures of samples. finetune_mrar.py, stage 2, runs this same loop on
-chains of images.
+A run writes OUT/last.pt (all that --resume needs), OUT/ema.pt (EMA weights in float16) and
+OUT/vae.pt for sample.py, OUT/log.csv and pictures of samples. finetune_mrar.py, stage 2, runs this
+same loop on chains of images.
 """
 
 import argparse
@@ -66,9 +66,9 @@ class Chains(Dataset):
     """Item s is the batch of step s, chains of `refs` images of a class.
 
     An epoch uses each image at most once: images and chains are shuffled anew, and the images of a
-    class that do not fill a chain are left out. Step s takes the chains s B to (s + 1) B of the
-    epochs in a row, and this process an equal part of them. All is a function of (seed, epoch or
-    step): any step can be resumed.
+    class that do not fill a chain are left out. The epochs follow each other as one list of chains.
+    Step s takes B of them, from number s B on; each process takes an equal part. All is a function
+    of (seed, epoch or step): any step can be resumed.
 
     Given the class, the images of such a chain are independent. So the best condition c_k is the
     same for every k: references can tell nothing that the class does not. For chains in which they
@@ -83,7 +83,7 @@ class Chains(Dataset):
     mirror: bool = True
     rank: int = 0
     world: int = 1
-    listed: np.ndarray = None  # image indices [chains, refs] of an epoch; None: random chains
+    listed: np.ndarray = None  # the chains, image indices [N, refs]; None: random ones, as above
 
     def __post_init__(self):
         chains = self.epoch_order(0)
@@ -142,11 +142,12 @@ def read_chains(path, cache, images, refs):
     A line is {"cate": a class folder, "files": [names of its files]}; suffixes are not compared.
     Chains with images that are not among `images` are left out.
     """
+    with user_file(path, "list of chains"):
+        lines = Path(path).read_text().strip().split("\n")
     if not (cache.path / "names.json").exists():
         raise UserError(f"--chains {path}: {cache.path} has no file names; encode a folder")
     names = json.loads((cache.path / "names.json").read_text())
     index = {os.path.splitext(names[i])[0]: i for i in images}
-    lines = Path(path).read_text().splitlines()
     chains = []
     for number, line in enumerate(lines, 1):
         with user_file(f"{path}, line {number}", "chain"):
@@ -177,6 +178,7 @@ def open_chains(args, cache):
     chains = Chains(
         cache, images, refs, args.batch_size, args.seed, args.mirror, RANK, WORLD, listed
     )
+    # The held-out loss is of random chains, also where those to train on are listed.
     held_out = Chains(cache, held_out, refs, max(1, 512 // args.refs), 0, args.mirror)
     empty = [cache.classes[k] for k in chains.empty]
     if not chains.chains_per_epoch:
@@ -184,7 +186,7 @@ def open_chains(args, cache):
             f"--data {args.data}: no class has {refs} images to train on (--holdout {args.holdout})"
         )
     if empty:
-        few = "" if refs == 1 else f", or fewer than {refs}"
+        few = "" if refs == 1 else f", or no chain of {refs}"
         say(f"{len(empty)} of {len(cache.classes)} classes have no images{few}: {shorten(empty)}")
     return chains, held_out
 
@@ -364,7 +366,7 @@ def build(args, cache, last, start, device, model_class):
     model = model_class(config)
     if args.size == "XS":
         model.sampling.update(XS_SAMPLING)
-    if args.chains == "scales":  # references carry the image, so guide by the class alone
+    if args.chains == "scales":  # references hold the image, so let null see them too
         model.sampling["null_refs"] = True
     if last:
         if not cache.info.items() <= last.items():
@@ -386,7 +388,7 @@ def build(args, cache, last, start, device, model_class):
 def warm_start(model, start, classes, path):
     """Fill `model` from the EMA weights of a checkpoint, and print what is converted.
 
-    The release starts the weights from the raw ones, and the EMA from the EMA.
+    The release starts the weights from the raw weights, and the EMA from the EMA weights.
     1-step -> MRAR: the mask embedding is copied into each mask token, positions are kept, the
     reference projection is new. 256 -> 512 px: the decoder's positions are interpolated. Other
     classes: rows of the class embedding are matched by name.
@@ -437,7 +439,7 @@ def micro_batches_needed(config, args, num_params, memory):
 
     memory  bytes of the GPU; 30 bytes per parameter hold weights, gradients, AdamW, EMA, buffers
     """
-    local_batch = args.batch_size // WORLD
+    local_batch = -(-args.batch_size // WORLD)
     room = (memory - 30 * num_params) / 2
     fitting = room / memory_per_chain(config, args.batch_mul, args.only_decoder)
     counts = (n for n in range(1, local_batch + 1) if local_batch % n == 0)
@@ -540,7 +542,7 @@ class Run:
 
     @torch.no_grad()
     def holdout_loss(self):
-        """Loss of the EMA weights on 512 held-out images, always with the same draws."""
+        """Loss of the EMA weights on about 512 held-out images, always with the same draws."""
         torch.manual_seed(0)
         moments, labels = self.held_out[0]
         with autocast(self.device, self.args.dtype):
@@ -564,7 +566,7 @@ class Run:
         atomic_write(self.out / "ema.pt", lambda f: torch.save(ema, f))
         if self.due(self.args.keep_every):
             shutil.copy(self.out / "ema.pt", self.out / f"ema-{self.step:07d}.pt")
-        here = ("out", "resume", "init", "vae", "device", "compile", "workers")
+        here = "out resume init vae device compile workers".split()
         flags = {k: v for k, v in vars(self.args).items() if k not in here}
         last = dict(
             info,
@@ -610,7 +612,8 @@ def training_parser(doc, out, recipes):
     add("--size", choices=SIZES, help="of the model (default: that of --init, else XS)")
     add(
         "--data",
-        help="latent cache, or images to encode first (default: the bundled ones; not XS: latents)",
+        help="latent cache, or images to encode first (default: those of --init, else the bundled "
+        "ones; not XS: latents)",
     )
     add(
         "--vae",
@@ -619,10 +622,11 @@ def training_parser(doc, out, recipes):
     add(
         "--mirror",
         action=argparse.BooleanOptionalAction,
-        help="train mirror images too; not for letters, digits, left and right (default: do)",
+        help="train mirror images too; not for letters, digits, left and right "
+        "(default: as --init, else do)",
     )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
-    add("--resume", action="store_true", help="continue from OUT/last.pt with its flags")
+    add("--resume", action="store_true", help="continue from OUT/last.pt with the flags of its run")
     counts = {
         "steps": "length of the run in optimiser steps",
         "epochs": "length of the run in passes over the images; overrules --steps",
@@ -637,7 +641,8 @@ def training_parser(doc, out, recipes):
         "warmup": "first part of the run, 0 to 1: the learning rate rises",
         "cooldown": "last part of the run, 0 to 1: it falls to 0",
         "ema": "decay of the EMA weights per step, 0 to 1",
-        "holdout": "part of the images to keep out, 0 to 1; log.csv has their loss (default: 0)",
+        "holdout": "part of the images to keep out, 0 to 1; their loss is logged with each picture "
+        "(default: as --init, else 0)",
     }
     for name, text in counts.items():
         add(f"--{name}", type=bounded(int, 1), help=text)

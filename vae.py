@@ -257,7 +257,7 @@ def save_grid(images, path):
 
 
 # -------------------------------------------------------------------------------- reading images
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff".split())
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes: long texts and colour profiles are no error
 
 
@@ -340,7 +340,7 @@ def read_folder(root, labelled):
 
 def read_npz(path, labelled):
     """(images uint8 [N, H, W, 3], labels [N], class names) of an .npz."""
-    names = ("images", "arr_0", "labels", "arr_1", "classes")
+    names = "images arr_0 labels arr_1 classes".split()
     with user_file(path, ".npz of images"), np.load(path) as data:
         arrays = {k: data[k] for k in names if k in data}
         has = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()) or data.files
@@ -355,9 +355,10 @@ def read_npz(path, labelled):
     labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0))).reshape(-1)
     one_each = labels.dtype.kind in "iu" and len(labels) == len(images)
     if one_each and 0 <= labels.min() <= labels.max() < 2**20:  # more are ids, not classes
+        labels = labels.astype(np.int64)
         classes = arrays.get("classes", np.arange(labels.max() + 1)).reshape(-1)
         if labels.max() < len(classes):
-            return images, labels.astype(np.int64), list(map(str, classes))
+            return images, labels, list(map(str, classes))
     if labelled:
         raise UserError(
             f"{path}: has {has}; expected labels (or arr_1), an integer from 0 for each image, and "
@@ -474,8 +475,9 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
         loader = DataLoader(part, 32, num_workers=workers, collate_fn=np.stack)
         moments = np.concatenate([encode_moments(vae, batch, device) for batch in loader])
         atomic_write(paths[i], lambda f: np.save(f, moments))
-    if RANK > 0:
-        return wait_until((out / "cache.json").exists)
+    complete = out / "cache.json"
+    if RANK > 0 or complete.exists():
+        return wait_until(complete.exists)
 
     wait_until(lambda: all(path.exists() for path in paths))
     readable = np.concatenate([np.isfinite(open_part(path)[:, 0, 0, 0, 0]) for path in paths])
@@ -491,7 +493,7 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
     shutil.copy(vae.path, out / "vae.pt")
     if images.folder:
         write_json(out / "names.json", [os.path.relpath(p, images.path) for p in images.items])
-    write_json(out / "cache.json", record)
+    write_json(complete, record)
     print(
         f"wrote {readable.sum():,} of {len(images):,} images to {out}; "
         f"classes: {shorten(images.classes)}"

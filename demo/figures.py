@@ -1,9 +1,11 @@
 """Draw what the semantic features hold: Figures 1 and 5 of the paper, and S of Eq. 14.
 
-    python demo/figures.py fusion --class trouser bag      columns: A, B, and half of the features of
-                                                           each (Figure 5)
-    python demo/figures.py features --class 0 1 5 8 9      columns: the first features alone (Figure 1)
-    python demo/figures.py similarity --class trouser      S of one class: -1 blue, 0 white, 1 red
+    python demo/figures.py fusion --class trouser bag
+        columns: A, B, and half of the features of each (Figure 5)
+    python demo/figures.py features --class 0 1 5 8 9
+        columns: the first features alone (Figure 1)
+    python demo/figures.py similarity --class trouser
+        S of one class: -1 blue, 0 white, 1 red
 
 All images of a row start from the same noise. Guidance is that of the last image, against the null
 class without references.
@@ -47,7 +49,10 @@ def decode_last(model, vae, c, seed):
 
 
 def fuse(model, labels, seed):
-    """c of class A, of class B, and the first half of A's with the second half of B's."""
+    """c of class A, of class B, and the first half of A's with the second half of B's.
+
+    labels  int64 [2 N]: those of A, then those of B
+    """
     a, b = (encode_last(model, y, seed) for y in labels.chunk(2))
     half = a.shape[1] // 2
     return a, b, torch.cat([a[:, :half], b[:, half:]], dim=1)
@@ -72,7 +77,14 @@ def parse():
     add = parser.add_argument
     count = bounded(int, 1)
     add("figure", choices=["fusion", "features", "similarity"])
-    add("--class", nargs="+", dest="classes", metavar="CLASS", default=["0", "1"], help="(0 1)")
+    add(
+        "--class",
+        nargs="+",
+        dest="classes",
+        metavar="CLASS",
+        default=["0", "1"],
+        help="indices or names (default: 0 1); similarity: the first",
+    )
     add("--counts", nargs="+", type=count, help="of features (default: an eighth to all)")
     add("--n", type=count, default=4, help="images of each class (default: 4)")
     add("--seed", type=bounded(int, 0), default=0, help="(default: 0)")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from in_process import run_in_process  # noqa: F401 - finds the scripts of demo/
+import in_process  # noqa: F401 - finds the scripts of demo
 
 import claims
 from model import SIZES, TransDiff
