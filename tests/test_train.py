@@ -226,8 +226,11 @@ def test_a_list_without_a_chain_of_the_cache_is_refused(listed, capsys):
     chain_list(("nothing", range(4)))
     assert "chains.txt: has no chain of images in of-photos" in refused("--chains chains.txt")
     Path("chains.txt").write_text("")
-    assert "chains.txt: has no chain of images in of-photos" in refused("--chains chains.txt")
+    assert "chains.txt, line 1: not a usable chain" in refused("--chains chains.txt")
+    Path("chains.txt").write_bytes(b"\xff\xfe")
+    assert "chains.txt: not a usable list of chains" in refused("--chains chains.txt")
     assert "gone.txt: No such file" in refused("--chains gone.txt")
+    chain_list(("nothing", range(4)))
     message = "--chains chains.txt: cache has no file names; encode a folder"
     assert message in refused("--chains chains.txt --data cache")
 
