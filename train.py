@@ -335,7 +335,7 @@ def open_cache(args, start, device):
     """The cache at --data; images are encoded first, into a cache beside OUT named after them."""
     path = Path(args.data)
     if (path / "settings.json").exists() or not path.exists():
-        if args.vae:
+        if args.vae and path.exists():
             raise UserError(f"--data {path}: is a cache; leave out --vae")
         digest = LatentCache(path).info["vae_digest"]
     else:
@@ -485,8 +485,8 @@ class Run:
             atomic_write(self.out / "vae.pt", lambda f: f.write(vae))
         say(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {device.type}")
         say(
-            f"{self.steps / self.epoch:.1f} epochs of {len(self.chains.images):,} images of "
-            f"{len(cache.classes)} classes in {args.dtype}"
+            f"{self.steps / self.epoch:.1f} epochs of {self.chains.chains_per_epoch:,} chains from "
+            f"{len(self.chains.images):,} images of {len(cache.classes)} classes, in {args.dtype}"
         )
         say(
             f"{self.steps} steps of {args.batch_size} chains of {args.refs} in {self.accumulate} "

@@ -503,7 +503,7 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
         print(f"latents of {side} x {side}: MRAR needs a multiple of 4 (XS) or 8 (B, L, H)")
     print(f"mean error of the VAE {error:.3f} of 2, see {out}/reconstructions.png")
     if error > 0.1:
-        print("warning: images will be blurred (0.02 is sharp); train a VAE: demo/train_vae.py")
+        print("warning: images will be blurred (0.02 is sharp); train the VAE longer (--init)")
 
 
 @torch.inference_mode()
@@ -530,7 +530,7 @@ class LatentCache:
         self.path = Path(path)
         if not (self.path / "cache.json").exists():
             raise UserError(
-                f"{path}: not a latent cache, or an unfinished one: "
+                f"{path}: not there, not a latent cache, or an unfinished one: "
                 f"python vae.py encode --data SRC --vae F --out {path}"
             )
         with user_file(path, "latent cache"):

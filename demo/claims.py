@@ -5,7 +5,7 @@ process.
     python demo/claims.py --rows mrar refs    some claims; --rows alone: only the table and curves
     python demo/claims.py --quick             a smoke test of all claims
 
-Writes claims.csv, one figure per row, and curves claims-*.png to demo/; with --quick or --out to
+Writes claims.csv, one number per row, and curves claims-*.png to demo/; with --quick or --out to
 OUT, where the runs are. A command that was stopped resumes when repeated: what is there is not made
 again. Prints mean and standard deviation over seeds as Markdown.
 """

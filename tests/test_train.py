@@ -136,7 +136,7 @@ def test_chains_of_scales_are_trained_drawn_and_resumed(project, tiny, capsys):
     run_in_process(f"train.py {SHORT} --steps 1")
     flags = "--chains scales --batch-size 8 --steps 2 --sample-every 2"
     run_in_process(f"finetune_mrar.py {flags}")
-    assert "0.3 epochs of 60 images" in capsys.readouterr().out  # every image is a chain
+    assert "0.3 epochs of 60 chains" in capsys.readouterr().out  # every image is a chain
     ckpt = load_file("runs/mrar/ema.pt")
     assert ckpt["chains"] == "scales" and ckpt["sampling"]["null_refs"]
     assert load_checkpoint("runs/mrar").info["chains"] == "scales"
@@ -1037,7 +1037,7 @@ def test_only_decoder_trains_the_decoder_at_another_resolution(project, tiny):
 
 
 @pytest.mark.parametrize("line,messages", [
-    ("train.py --size B", ["latents: not a latent cache", "vae.py encode --data SRC", "latents"]),
+    ("train.py --size B", ["latents: not there, not a latent", "vae.py encode --data SRC", "latents"]),
     ("finetune_mrar.py", ["--init runs/train: not there", "run train.py first"]),
     ("train.py --data cache --batch-size 8 --batch-mul 1 --steps 1 --only-decoder",
      ["--only-decoder: give --init"]),

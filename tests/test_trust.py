@@ -161,7 +161,11 @@ def test_damaged_caches_are_refused(small, refused):
     def edit(change):
         return lambda path: np.save(path, change(np.load(path)))
 
-    check("not a latent cache, or an unfinished one: python vae.py", "cache.json", Path.unlink)
+    check(
+        "not there, not a latent cache, or an unfinished one: python vae.py",
+        "cache.json",
+        Path.unlink,
+    )
     check("not a usable latent cache", "cache.json", lambda path: path.write_text("{"))
     check("not a usable latent cache", "cache.json", lambda path: path.write_text("[]"))
     check("labels.npy", "labels.npy", Path.unlink)
@@ -280,7 +284,7 @@ FLAGS = [
     ("train.py --resume --out nothing", "nothing/last.pt: No such file or directory"),
     ("train.py --out file --data cache", "file: File exists"),
     ("train.py --data file --vae vae.pt", "file: no such folder or .npz of images"),
-    ("train.py --data nowhere", "nowhere: not a latent cache, or an unfinished one"),
+    ("train.py --data nowhere", "nowhere: not there, not a latent cache, or an unfinished one"),
     ("train.py --data cache --batch-size 8 --accumulate 3", "a multiple of 1 processes x --accum"),
     ("train.py --data cache --vae vae.pt", "cache: is a cache; leave out --vae"),
     (f"train.py --data cache --init {DEMO}/mrar.pt", "was trained on the latents of another VAE"),

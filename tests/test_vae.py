@@ -649,7 +649,7 @@ def test_a_killed_encoding_is_resumed_by_another_number_of_processes(start, whol
     assert {path.name for path in made} == {"00000.npy", "00002.npy"}
 
     _, err = command("train.py --data cache", expect=2)
-    assert "cache: not a latent cache, or an unfinished one: python vae.py encode" in err
+    assert "cache: not there, not a latent cache, or an unfinished one: python vae.py encode" in err
     _, err = command(f"{ENCODE} cache --image-size 8", expect=2)
     assert "cache: is of other inputs or settings; give another --out" in err
 
@@ -682,7 +682,9 @@ def test_encode_names_what_it_left_out_and_says_how_good_the_vae_is(tmp_path, mo
         assert f"wrote 3 of 6 images to {workers}; classes: a, b\n" in out
         assert "scale of the latents 1.0000, from its file\n" in out
         assert float(re.search(r"mean error of the VAE (\S+) of 2", out)[1]) > 0.1
-        assert "warning: images will be blurred (0.02 is sharp); train a VAE: demo/train" in out
+        assert (
+            "warning: images will be blurred (0.02 is sharp); train the VAE longer (--init)" in out
+        )
         caches.append(files_of(str(workers)))
     assert caches[0] == caches[1]
 
