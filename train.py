@@ -140,7 +140,10 @@ def read_chains(path, cache, images, refs):
     """Image indices [chains, refs] of a list in the release's format.
 
     A line is {"cate": a class folder, "files": [names of its files]}; suffixes are not compared.
-    Chains with images that are not among `images` are left out.
+
+    cache   of a folder: it keeps the names of the files
+    images  indices of those to use; chains with others are left out
+    refs    images in each chain
     """
     with user_file(path, "list of chains"):
         lines = Path(path).read_text().strip().split("\n")
@@ -152,11 +155,11 @@ def read_chains(path, cache, images, refs):
     for number, line in enumerate(lines, 1):
         with user_file(f"{path}, line {number}", "chain"):
             chain = json.loads(line)
-            names = [f"{chain['cate']}/{os.path.splitext(name)[0]}" for name in chain["files"]]
-            if len(names) != refs:
-                raise ValueError(f"it has {len(names)} files, refs is {refs}")
-        if all(name in index for name in names):
-            chains.append([index[name] for name in names])
+            files = [f"{chain['cate']}/{os.path.splitext(name)[0]}" for name in chain["files"]]
+            if len(files) != refs:
+                raise ValueError(f"it has {len(files)} files, refs is {refs}")
+        if all(name in index for name in files):
+            chains.append([index[name] for name in files])
     rest = "the others have images that are absent, unreadable or held out"
     if not chains:
         raise UserError(f"--chains {path}: has no chain of images in {cache.path}; {rest}")
