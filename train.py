@@ -389,12 +389,12 @@ def build(args, cache, last, start, device, model_class):
 
 @torch.no_grad()
 def warm_start(model, start, classes, path):
-    """Fill `model` from the EMA weights of a checkpoint, and print what is converted.
+    """Fill `model` from the EMA weights of a checkpoint.
 
     The release starts the weights from the raw weights, and the EMA from the EMA weights.
     1-step -> MRAR: the mask embedding is copied into each mask token, positions are kept, the
     reference projection is new. 256 -> 512 px: the decoder's positions are interpolated. Other
-    classes: rows of the class embedding are matched by name.
+    classes: rows of the class embedding are matched by name, and one line says which are new.
     """
     old, state, ckpt = start
     new = model.config

@@ -503,7 +503,9 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
         print(f"latents of {side} x {side}: MRAR needs a multiple of 4 (XS) or 8 (B, L, H)")
     print(f"mean error of the VAE {error:.3f} of 2, see {out}/reconstructions.png")
     if error > 0.1:
-        print("warning: images will be blurred (0.02 is sharp); train the VAE longer (--init)")
+        print(
+            "warning: images will be blurred (0.02 is sharp); go on with demo/train_vae.py --init"
+        )
 
 
 @torch.inference_mode()

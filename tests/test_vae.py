@@ -683,7 +683,7 @@ def test_encode_names_what_it_left_out_and_says_how_good_the_vae_is(tmp_path, mo
         assert "scale of the latents 1.0000, from its file\n" in out
         assert float(re.search(r"mean error of the VAE (\S+) of 2", out)[1]) > 0.1
         assert (
-            "warning: images will be blurred (0.02 is sharp); train the VAE longer (--init)" in out
+            "warning: images will be blurred (0.02 is sharp); go on with demo/train_vae.py" in out
         )
         caches.append(files_of(str(workers)))
     assert caches[0] == caches[1]
