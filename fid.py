@@ -74,7 +74,7 @@ def inception_score(p):
     return np.mean(scores)
 
 
-def precision_recall(samples, reference, k=3, device="cpu"):
+def precision_recall(samples, reference, k=3):
     """Improved precision and recall (Kynkaanniemi et al. 2019), both in [0, 1].
 
     samples    features [N, D], N > k
@@ -85,8 +85,8 @@ def precision_recall(samples, reference, k=3, device="cpu"):
     the part of the reference in the samples'.
     """
     center = reference.double().mean(0)  # distances do not depend on it, their rounding does
-    a = (samples.double() - center).to(device)
-    b = (reference.double() - center).to(device)
+    a = samples.double() - center
+    b = reference.double() - center
     slack = 1e-6 * torch.cat([a, b]).norm(dim=1).max()  # copies lie in each other's balls
 
     def part_inside(x, points):
@@ -104,7 +104,7 @@ def precision_recall(samples, reference, k=3, device="cpu"):
 
 # -------------------------------------------------------------------------------- features
 def load_net(path, device):
-    """(network, D) of a TorchScript file that is called like NVIDIA's Inception.
+    """Network of a TorchScript file that is called like NVIDIA's Inception.
 
     net(x, return_features=True)  features [N, D] of images x uint8 [N, 3, H, W]
     net(x, no_output_bias=True)   class probabilities [N, K]
@@ -114,8 +114,8 @@ def load_net(path, device):
         with torch.inference_mode():
             image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device)
             net(image, no_output_bias=True)
-            width = net(image, return_features=True).shape[1]
-    return net, width
+            net(image, return_features=True)
+    return net
 
 
 @torch.inference_mode()
@@ -133,7 +133,7 @@ def extract(net, images, args, device):
     return torch.cat(features), torch.cat(probs)
 
 
-def open_reference(path, made_with, width, shape):
+def open_reference(path, made_with, shape, args):
     """(Images, [mu, sigma]) of --ref, None for what it does not have.
 
     ADM's reference batches have both: the statistics are of more images than the batch.
@@ -142,7 +142,9 @@ def open_reference(path, made_with, width, shape):
     if path.endswith(".npz"):
         with user_file(path, ".npz of images or statistics"), np.load(path) as data:
             has_images = "arr_0" in data or "images" in data
-            theirs = str(data.get("network", made_with))  # ADM's files do not say
+            # ADM's files do not say: Inception's, of images as they are.
+            unnamed = "other features" if args.net or args.image_size else made_with
+            theirs = str(data.get("network", unnamed))
             if "mu" in data and "sigma" in data:
                 stats = [torch.from_numpy(data[k]).double() for k in ("mu", "sigma")]
     if stats:
@@ -151,8 +153,6 @@ def open_reference(path, made_with, width, shape):
                 f"--ref {path}: statistics of {theirs}, not of {made_with}; make them again: "
                 "--save-stats, with this --net and --image-size"
             )
-        if stats[1].shape != (width, width):
-            raise UserError(f"--ref {path}: its sigma is not of {width} features")
         if not has_images:
             return None, stats
     reference = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
@@ -180,12 +180,12 @@ def main():
     device = pick_device(args.device)
     samples = Images(args.samples, args.image_size, labelled=False)
     path = args.net or fetch(INCEPTION, "inception-2015-12-05.pt")
-    net, width = load_net(path, device)
+    net = load_net(path, device)
     network = sha256_prefix(Path(path).read_bytes())
     made_with = f"network {network} and images of {samples.shape} px"
     reference = stats = None
     if args.ref:
-        reference, stats = open_reference(args.ref, made_with, width, samples.shape)
+        reference, stats = open_reference(args.ref, made_with, samples.shape, args)
     for images in (samples, reference):
         if images and len(images) < 10:
             raise UserError(f"{images.path}: has {len(images)} images; 10 or more are needed")
@@ -197,7 +197,7 @@ def main():
     if reference:
         ref_features, _ = extract(net, reference, args, device)
         stats = stats or mean_and_covariance(ref_features)
-        measures = precision_recall(features, ref_features, device=device)
+        measures = precision_recall(features, ref_features)
         result["precision"], result["recall"] = measures
     if stats:
         result["frechet_distance" if args.net else "fid"] = frechet_distance(mu, sigma, *stats)
@@ -226,7 +226,7 @@ def report(args, samples, known, result):
         print(f"  {name:24}{value:10.4f}")
     if known and "accuracy" not in result:
         print(f"{net} was trained on {shorten(known)}; of other images its numbers mean little")
-    if len(samples) < 10_000:
+    if args.ref and len(samples) < 10_000:
         print(
             "warning: the distance of fewer than 10,000 samples is biased upwards", file=sys.stderr
         )

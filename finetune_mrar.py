@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 8 finetune_mrar.py --init runs/B    the recipe of Appendix B
 
 The loop is train.py's. What differs: a sample is a chain of `refs` images of one class (Eq. 11),
-the mask is block-causal (Figure 3 e), and the run starts from stage 1, with its size and its
-images. The one mask embedding of stage 1 is copied into every mask token.
+the mask is block-causal (Figure 3 e), and the run starts from stage 1, with its size and, if --init
+is a run or its last.pt, its images. The one mask embedding of stage 1 is copied into every mask
+token.
 """
 
 from pathlib import Path
@@ -29,9 +30,8 @@ def main():
         help="images (default): of a class, at random; scales: scale AR (Table 4); or a file: the "
         "release's list of chains",
     )
-    parser.set_defaults(only_decoder=False)
     args = parser.parse_args()
-    if not args.resume and not Path(args.init).exists():
+    if not args.resume and not (args.init and Path(args.init).exists()):
         raise UserError(
             f"--init {args.init}: not there; run train.py first, or name a 1-step model"
         )

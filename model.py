@@ -9,7 +9,9 @@ Multi-Reference Autoregression":
     ARTransformer               Eq. 6, 9, 11
     DiT                         Eq. 3 (the velocity psi) and Eq. 7 (the diffusion decoder)
     euler_maruyama              Appendix C, Eq. 16-18
+    adams_bashforth             ours: a sampler without noise, for few steps
     draw_t                      the distribution of t in Eq. 5
+    default_sampling            the released cfg, s1, s2 of each model
     TransDiff.encode, loss      Eq. 4, 5, 8, 10, 12
     TransDiff.decode, sample    Eq. 7, Algorithms 1 and 2
     checkpoints                 our files and the released ones
@@ -270,7 +272,7 @@ class ARTransformer(nn.Module):
             mask = mask[:S, :S]
         for block in self.blocks:
             x = block(x, mask)
-        # c is the output of the mask and reference tokens; that of the class tokens is dropped.
+        # Keep the outputs of mask and references; drop those of the class tokens.
         return self.norm_out(x)[:, config.class_tokens :]
 
 
@@ -380,6 +382,7 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
 
     velocity       velocity(x, t) -> like x, t a float in [0, 1]; called `steps` times
     x              standard normal, any shape
+    steps          at least 1
     noise_sampler  noise_sampler(x) -> standard normal like x; called `steps` - 1 times
                    (default: torch.randn_like)
     """
@@ -523,9 +526,10 @@ class TransDiff(nn.Module):
         if config.refs > 1:
             _, cross_mask = attention_masks(config, x.device)  # image k attends to c_0 ... c_k
         v = self.decoder(x_t, t, self.decoder.keys_values(c), cross_mask)
-        return (v.float() - (eps - x)).square().mean()  # Eq. 5, 8: a mean, not the sum
+        return (v.float() - (eps - x)).square().mean()  # Eq. 5, 8, per number of the image
 
-    forward = loss  # DistributedDataParallel wraps forward
+    # DistributedDataParallel wraps forward. A subclass with its own loss repeats this line.
+    forward = loss
 
     @torch.no_grad()
     def decode(
@@ -558,7 +562,7 @@ class TransDiff(nn.Module):
         keys_values = self.decoder.keys_values(c)
         null_keys_values = None if c_null is None else self.decoder.keys_values(c_null)
 
-        def velocity(x, t):
+        def guided_velocity(x, t):
             if on_step:
                 on_step()
             x = x[:, None]
@@ -570,10 +574,10 @@ class TransDiff(nn.Module):
             return v_null + cfg * (v - v_null)  # the drift is affine in v: this mixes drifts
 
         if sampler == "adams-bashforth":
-            return adams_bashforth(velocity, noise, steps)
+            return adams_bashforth(guided_velocity, noise, steps)
         if sampler != "euler-maruyama":
             raise UserError(f"sampler {sampler}: must be euler-maruyama or adams-bashforth")
-        return euler_maruyama(velocity, noise, steps, s1, s2, noise_sampler)
+        return euler_maruyama(guided_velocity, noise, steps, s1, s2, noise_sampler)
 
     @torch.no_grad()
     def sample(self, labels, refs=None, noise=None, references=None, **settings):
@@ -586,9 +590,9 @@ class TransDiff(nn.Module):
         noise       [B, C, H, W], standard normal: every image of a chain starts from it, as in the
                     release (default: drawn by the noise_sampler)
         references  latents [B, k, C, H, W], k < refs: the first images of the chains
-        settings    as for decode, where cfg may be a list, one number for each image; and
-                    null_refs: the null class sees the references too, as in the release
-                    (default, and where None: self.sampling)
+        settings    of decode, where cfg may also be a list, one number for each image; and
+                    null_refs: whether the null class sees the references too, as in the release.
+                    Those that are absent or None are taken from self.sampling
         Returns the chain [B, refs, C, H, W].
         """
         config = self.config
@@ -615,7 +619,7 @@ class TransDiff(nn.Module):
             if cfgs[k] != 1:
                 c_null = self.encode(null, chain if null_refs else None)
             x = self.decode(c, noise, c_null, cfgs[k], **settings)  # line 11
-            chain = torch.cat([chain, x[:, None]], dim=1)  # line 8; fed back is the image, not c_k
+            chain = torch.cat([chain, x[:, None]], dim=1)  # line 8
         return chain
 
     def merge_settings(self, settings):
@@ -721,7 +725,7 @@ def checkpoint_path(path, name="ema.pt"):
 
 
 def load_state(path, ema=True):
-    """(config, float32 weights under our names, the other entries) of a model's checkpoint."""
+    """(config, float32 weights under our names, all entries) of a model's checkpoint."""
     ckpt = load_file(path)
     with user_file(path, f"TransDiff model, it has {shorten(list(ckpt))}"):
         state = read_weights(ckpt, "model_ema" if ema else "model", "model")
@@ -870,7 +874,7 @@ def part_paths(folder, count):
 
 
 def missing_parts(paths):
-    """Numbers of the parts that this process makes: every WORLD-th one that is not there yet."""
+    """Of every WORLD-th part, from RANK on, the numbers of those that are not there yet."""
     return [i for i in range(RANK, len(paths), WORLD) if not paths[i].exists()]
 
 
@@ -921,7 +925,7 @@ def class_index(flag, word, model):
     empty = model.info["empty"]
     choices = [fold(name) for name in names]
     if not all(map(str.isdecimal, names)):  # else an index would be mistaken for a name
-        choices += range(len(names))
+        choices += range(len(names))  # hence the remainder below
     key = fold(word)
     index = choices.index(key) % len(names) if key in choices else None
     if index is None or index in empty:
@@ -940,7 +944,7 @@ def derive_seed(*numbers):
 
 
 def per_image_noise(seed, indices):
-    """noise_sampler(x) whose row i is a function of (seed, indices[i]) alone, in any batch."""
+    """noise_sampler(x) whose row i, at its n-th call, depends on (seed, indices[i], n) alone."""
     generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for i in indices]
 
     def noise_sampler(x):

@@ -71,7 +71,7 @@ def parse():
     released = "B L H B-mrar L-mrar H-mrar L-512".split()
     weights.add_argument("--pretrained", choices=released, help="the authors' weights and VAE")
     add("--vae", help="VAE of the model (default: vae.pt beside it, else the bundled one)")
-    add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.png)")
+    add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.*)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where it is native)")
     args = parser.parse_args()
     check_output(args)
@@ -79,7 +79,7 @@ def parse():
 
 
 def check_output(args):
-    """Resolve --out; refuse a suffix that does not fit, and results that are there already."""
+    """Resolve --out; refuse a suffix that does not fit, and an .npz that is there already."""
     suffixes = [".png", ".npz"]
     if args.num or WORLD > 1:
         suffixes = [".npz"]
@@ -102,7 +102,7 @@ def load(args, device):
         beside = path.parent / "vae.pt"
         vae_path = beside if beside.exists() else DEMO_VAE
     model = load_checkpoint(path, device)
-    model.info["written"] = args.pretrained or path.stat().st_mtime_ns
+    args.written = args.pretrained or path.stat().st_mtime_ns
     args.refs = args.refs or model.config.refs
     model.sampling = model.merge_settings({k: getattr(args, k) for k in model.sampling})
     return cast_weights(model, args.dtype), load_vae(args.vae or vae_path, device, model)
@@ -139,7 +139,7 @@ def write_npz(model, vae, labels, args):
     mine = missing_parts(paths)
     if RANK > 0 and (not mine or args.out.exists()):  # nothing to do, or rank 0 has finished
         return
-    start_parts(partial, dict(vars(args), written=model.info["written"], vae_digest=vae.digest))
+    start_parts(partial, dict(vars(args), vae_digest=vae.digest))
     for i in tqdm(mine, unit="batch", disable=RANK > 0):
         images = draw(model, vae, batches[i], i * args.batch_size, args)
         atomic_write(paths[i], lambda f: np.save(f, images))

@@ -3,9 +3,9 @@
     python train.py                                       the XS demo on the bundled images
     torchrun --nproc_per_node 8 train.py --size B --data LATENTS    the paper's recipe on ImageNet
 
-A run writes OUT/last.pt (all that --resume needs), OUT/ema.pt (EMA weights in float16) and
-OUT/vae.pt for sample.py, OUT/log.csv and pictures of samples. finetune_mrar.py, stage 2, runs this
-same loop on chains of images.
+A run writes OUT/last.pt (all that --resume needs beside the cache), OUT/ema.pt (EMA weights in
+float16) and OUT/vae.pt for sample.py, OUT/log.csv and pictures of samples. finetune_mrar.py, stage
+2, runs this same loop on chains of images.
 """
 
 import argparse
@@ -41,14 +41,14 @@ PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, sav
 DEMO_RUN = dict(warmup=1 / 16, cooldown=1 / 2, ema=0.998, sample_every=500, save_every=100)
 RECIPES = {
     "1-step": dict(PAPER, epochs=800, lr=8e-4, warmup=1 / 8, batch_mul=4),
-    # The release trains this with bf16 weights, which take up few of the small updates: another
-    # lr may suit float32.
+    # The release keeps its weights in bf16 here, which rounds away most of the small updates:
+    # another lr may suit float32.
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, batch_mul=2),
     "512 px": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, batch_mul=4, ema=0.999),
     "XS 1-step": dict(DEMO_RUN, steps=1600, lr=2e-3, batch_mul=1, batch_size=64),
     "XS MRAR": dict(DEMO_RUN, steps=500, lr=1e-3, batch_mul=1, batch_size=16),
 }
-XS_SAMPLING = dict(sampler="adams-bashforth", steps=8, cfg=2.25, null_refs=False, s1=1.0, s2=1.0)
+XS_SAMPLING = dict(sampler="adams-bashforth", steps=8, cfg=2.25, s1=1.0, s2=1.0)
 WEIGHT_DECAY = 0.02  # Appendix B
 CLIP = 3.0  # norm of the gradient; the release
 
@@ -67,8 +67,8 @@ class Chains(Dataset):
 
     An epoch uses each image at most once: images and chains are shuffled anew, and the images of a
     class that do not fill a chain are left out. The epochs follow each other as one list of chains.
-    Step s takes B of them, from number s B on; each process takes an equal part. All is a function
-    of (seed, epoch or step): any step can be resumed.
+    Step s takes the next B of them, from number s B on; each process takes an equal part. The seed,
+    the step and the rank determine an item, so a run can resume at any step.
 
     Given the class, the images of such a chain are independent. So the best condition c_k is the
     same for every k: references can tell nothing that the class does not. For chains in which they
@@ -100,9 +100,9 @@ class Chains(Dataset):
         images = rng.permutation(self.images)
         images = images[np.argsort(self.cache.labels[images], kind="stable")]
         labels = self.cache.labels[images]
-        place = np.arange(len(images)) - np.searchsorted(labels, labels)  # within its class
+        position = np.arange(len(images)) - np.searchsorted(labels, labels)  # within its class
         full = np.bincount(labels) // self.refs * self.refs
-        chains = images[place < full[labels]].reshape(-1, self.refs)
+        chains = images[position < full[labels]].reshape(-1, self.refs)
         return rng.permutation(chains)
 
     def indices(self, step):
@@ -169,7 +169,7 @@ def read_chains(path, cache, images, refs):
 
 def open_chains(args, cache):
     """(chains to train on, chains held out)."""
-    images, held_out = split(cache.labels, args.holdout)
+    images, other_images = split(cache.labels, args.holdout)
     refs = args.refs
     listed = None
     if args.chains == "scales":
@@ -182,15 +182,15 @@ def open_chains(args, cache):
         cache, images, refs, args.batch_size, args.seed, args.mirror, RANK, WORLD, listed
     )
     # The held-out loss is of random chains, also where those to train on are listed.
-    held_out = Chains(cache, held_out, refs, max(1, 512 // args.refs), 0, args.mirror)
+    held_out = Chains(cache, other_images, refs, max(1, 512 // args.refs), 0, args.mirror)
     empty = [cache.classes[k] for k in chains.empty]
     if not chains.chains_per_epoch:
         raise UserError(
             f"--data {args.data}: no class has {refs} images to train on (--holdout {args.holdout})"
         )
     if empty:
-        few = "" if refs == 1 else f", or no chain of {refs}"
-        say(f"{len(empty)} of {len(cache.classes)} classes have no images{few}: {shorten(empty)}")
+        chain = "images" if refs == 1 else f"chain of {refs}"
+        say(f"{len(empty)} of {len(cache.classes)} classes have no {chain}: {shorten(empty)}")
     return chains, held_out
 
 
@@ -224,8 +224,7 @@ def update_ema(ema, model, decay):
 def train(args, model_class=TransDiff):
     """Train a model with the flags `args`, None where they are not given."""
     device = pick_device(args.device)
-    # cuDNN's attention, which torch 2.11 prefers on H100, may round the dropout rate and give NaN
-    # gradients under a mask.
+    # cuDNN's attention may round the dropout rate and give NaN gradients under a mask.
     torch.backends.cuda.enable_cudnn_sdp(False)
     last, start = open_previous(args)
     resolve_flags(args, last, start, device)
@@ -297,12 +296,12 @@ def resolve_flags(args, last, start, device):
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
 
+    # The resumed run's own flags.
+    saved = last["args"] if last else {}
+    answer_changes(args, saved)
     if args.epochs:
         args.steps = 0  # overrules the steps of all layers
-    # The resumed run's own flags.
-    if last:
-        answer_changes(args, last["args"])
-        fill(**last["args"])
+    fill(**saved)
     # Of --init: its size, its images, and how they were used.
     if start:
         config, _, ckpt = start
@@ -327,7 +326,7 @@ def answer_changes(args, saved):
     fixed = "size refs chains seed batch_size holdout mirror only_decoder".split()
     for name, old in saved.items():
         new = getattr(args, name, None)
-        if new not in (None, old):
+        if new not in (None, old) and name != "data":  # `build` compares the images
             change = f"{name} {old} there, {new} here"
             if name in fixed:
                 raise UserError(f"{args.out}/last.pt is of another run: {change}")
@@ -349,7 +348,7 @@ def open_cache(args, start, device):
     if start and start[2].get("vae_digest", digest) != digest:
         raise UserError(f"--init {args.init}: was trained on the latents of another VAE")
     if not (path / "cache.json").exists():
-        encode_images(images, vae, path, device=device)
+        encode_images(images, vae, path, args.workers, device)
     say(f"latents from {path}, of {time.ctime((path / 'cache.json').stat().st_mtime)}")
     args.data = str(path)
     return LatentCache(path)
@@ -368,9 +367,8 @@ def build(args, cache, last, start, device, model_class):
     torch.manual_seed(args.seed)
     model = model_class(config)
     if args.size == "XS":
-        model.sampling.update(XS_SAMPLING)
-    if args.chains == "scales":  # references hold the image, so let null see them too
-        model.sampling["null_refs"] = True
+        # References of scale AR hold the image, so null sees them too.
+        model.sampling.update(XS_SAMPLING, null_refs=args.chains == "scales")
     if last:
         if not cache.info.items() <= last.items():
             raise UserError(f"{args.out}/last.pt is of other images than {cache.path} has")
@@ -421,8 +419,9 @@ def warm_start(model, start, classes, path):
 def parallelize(model, args):
     """The model to call in the loop: compiled and wrapped for DDP, where wanted."""
     if args.compile:
-        # By block: two graphs to compile, and DDP reduces while the backward pass goes on.
-        torch._dynamo.config.optimize_ddp = False  # does not cut a block into buckets
+        # Block by block: only two graphs to compile, and DDP reduces the gradients of one block
+        # while the backward pass of the earlier ones still runs.
+        torch._dynamo.config.optimize_ddp = False  # would split the graphs at DDP's buckets
         for block in [*model.ar.blocks, *model.decoder.blocks]:
             block.compile()
     if WORLD > 1:
@@ -445,8 +444,10 @@ def micro_batches_needed(config, args, num_params, memory):
     local_batch = -(-args.batch_size // WORLD)
     room = (memory - 30 * num_params) / 2
     fitting = room / memory_per_chain(config, args.batch_mul, args.only_decoder)
-    counts = (n for n in range(1, local_batch + 1) if local_batch % n == 0)
-    return next((n for n in counts if local_batch <= n * fitting), local_batch)
+    for n in range(1, local_batch):
+        if local_batch % n == 0 and local_batch <= n * fitting:
+            return n
+    return local_batch
 
 
 # -------------------------------------------------------------------------------- around the loop
@@ -468,8 +469,9 @@ class Run:
         self.step = last["step"]
         self.rows = last["log"]
         self.chains, self.held_out = open_chains(args, cache)
-        self.epoch = self.chains.chains_per_epoch / args.batch_size  # in steps
-        self.steps = args.steps or math.ceil(args.epochs * self.epoch)
+        chains_per_epoch = self.chains.chains_per_epoch
+        self.steps_per_epoch = chains_per_epoch / args.batch_size
+        self.steps = args.steps or math.ceil(args.epochs * self.steps_per_epoch)
         if self.steps < self.step:
             raise UserError(f"--steps {self.steps}: this run has done {self.step} already")
         num_params = sum(p.numel() for p in model.parameters())
@@ -488,7 +490,7 @@ class Run:
             atomic_write(self.out / "vae.pt", lambda f: f.write(vae))
         say(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {device.type}")
         say(
-            f"{self.steps / self.epoch:.1f} epochs of {self.chains.chains_per_epoch:,} chains from "
+            f"{self.steps / self.steps_per_epoch:.1f} epochs of {chains_per_epoch:,} chains from "
             f"{len(self.chains.images):,} images of {len(cache.classes)} classes, in {args.dtype}"
         )
         say(
@@ -524,24 +526,26 @@ class Run:
             self.save()
         if sample:
             self.draw_samples()
-            self.started = time.time()  # images_per_second is of training alone
+        if not self.losses:  # a row was written; saving and drawing do not count
+            self.started = time.time()
 
     def log(self, grad_norm, lr, sample):
         """Add a row to log.csv: the mean loss of rank 0 since the last row; with samples also the
         held-out loss."""
         loss = torch.stack(self.losses).mean().item()
         rate = len(self.losses) / (time.time() - self.started)  # steps per second
-        images = rate * self.args.batch_size * self.args.refs
+        images_per_second = rate * self.args.batch_size * self.args.refs
         memory = torch.cuda.max_memory_allocated() / 1e9  # 0 without a GPU
         holdout = self.holdout_loss() if sample and self.held_out.chains_per_epoch else math.nan
-        row = [self.step, self.step / self.epoch, loss, grad_norm.item(), lr]
-        row += [images, memory, holdout]
-        self.rows.append(",".join(f"{x:.6g}" for x in row).replace("nan", ""))
+        row = [self.step, self.step / self.steps_per_epoch, loss, grad_norm.item(), lr]
+        row += [images_per_second, memory, holdout]
+        self.rows.append(",".join(f"{x:.7g}" for x in row).replace("nan", ""))
         text = "\n".join([COLUMNS, *self.rows, ""])
         atomic_write(self.out / "log.csv", lambda f: f.write(text.encode()))
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {images:.0f} images/s, {memory:.1f} GB")
+        self.bar.set_postfix_str(
+            f"loss {loss:.4f}, {images_per_second:.0f} images/s, {memory:.1f} GB"
+        )
         self.losses.clear()
-        self.started = time.time()
 
     @torch.no_grad()
     def holdout_loss(self):
@@ -598,7 +602,7 @@ class Run:
     def finish(self):
         self.bar.close()
         say(f"complete at step {self.step}; to draw: python sample.py --ckpt {self.out}")
-        if WORLD > 1:  # torchrun kills the remaining ranks once one exits
+        if WORLD > 1:  # leave together: rank 0 may still be writing
             dist.barrier()
             dist.destroy_process_group()
 
@@ -636,7 +640,7 @@ def training_parser(doc, out, recipes):
         "batch-size": "chains (1-step: images) per step, over all processes",
         "accumulate": "micro-batches per step on each process (default: what a GPU's memory needs)",
         "batch-mul": "draws of (t, noise) per image",
-        "save-every": "steps between checkpoints; one is due every 15 minutes",
+        "save-every": "steps between checkpoints; one is also written 15 minutes after the last",
         "keep-every": "steps between checkpoints to keep as OUT/ema-STEP.pt",
         "log-every": "steps between rows of log.csv (default: 50)",
     }
@@ -659,7 +663,7 @@ def training_parser(doc, out, recipes):
     )
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw (default: 0)")
     add("--sample-every", type=bounded(int, 0), help="steps between pictures; 0 for none")
-    add("--workers", type=bounded(int, 0), help="processes that read latents (default: 4 on CUDA)")
+    add("--workers", type=bounded(int, 0), help="processes that read data (default: 4 on CUDA)")
     add(
         "--dtype",
         choices=["bf16", "fp32"],

@@ -257,7 +257,7 @@ def save_grid(images, path):
 
 
 # -------------------------------------------------------------------------------- reading images
-SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff".split())
+SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff".split()
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes: long texts and colour profiles are no error
 
 
@@ -303,7 +303,7 @@ def walk(folder, parents=()):
     real = os.path.realpath(folder)
     if real in parents:
         return
-    for entry in sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name)):
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
         if os.path.isdir(entry.path):  # of a link to itself too: no error
@@ -318,16 +318,20 @@ def read_folder(root, labelled):
     parents = ()
     if labelled:
         parents = (os.path.realpath(root),)
-        folders = sorted(filter(Path.is_dir, root.glob("[!.]*")), key=os.fsencode)
+        folders = sorted(filter(Path.is_dir, root.glob("[!.]*")))
     paths = []
     labels = []
     others = Counter()
     for label, folder in enumerate(folders):
-        files = list(walk(folder, parents))
-        images = [path for path in files if path.lower().endswith(SUFFIXES)]
+        images = []
+        for path in walk(folder, parents):
+            suffix = os.path.splitext(path)[1]
+            if suffix.lower() in SUFFIXES:
+                images.append(path)
+            else:
+                others[suffix] += 1
         if not images:
             raise UserError(f"{folder}: no images in this folder; remove it or fill it")
-        others.update(os.path.splitext(path)[1] for path in set(files) - set(images))
         paths += images
         labels += [label] * len(images)
     if not paths:
@@ -374,7 +378,7 @@ class Images(Dataset):
               images and labels
     size      pixels: crop every image to size x size; None: take them as they are, all of one size
     labelled  have `labels`, int64 [N], and `classes`, their names
-    skip_bad  an image that cannot be read is NaN, float32; otherwise it is a UserError
+    skip_bad  a damaged image is NaN, float32; otherwise it is a UserError
     """
 
     def __init__(self, path, size=None, labelled=True, skip_bad=False):
@@ -393,7 +397,7 @@ class Images(Dataset):
 
     @property
     def digest(self):
-        """Changes with the names, sizes and times of the files."""
+        """Hash of the classes and of the path, size and time of change of each file."""
         paths = self.items if self.folder else [self.path]
         stats = [(os.path.relpath(path, self.path), os.stat(path)) for path in paths]
         contents = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -426,7 +430,7 @@ class Images(Dataset):
 
 def open_images(data, vae_path, device, size=None):
     """(Images, VAE) of --data and --vae; other images than the bundled ones need their own VAE."""
-    if not vae_path and data != str(DEMO_DATA):
+    if not vae_path and Path(data).resolve() != DEMO_DATA.resolve():
         raise UserError(
             f"--vae: name the VAE for {data}: kl16, or one that demo/train_vae.py has made"
         )

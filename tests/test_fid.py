@@ -224,11 +224,17 @@ def test_statistics_of_another_size_are_refused(tmp_path, measure, net):
 def test_the_statistics_in_a_reference_batch_come_before_those_of_its_images(
     tmp_path, measure, net
 ):
-    """ADM's reference batches hold both; their statistics are of more images than the batch has."""
+    """ADM's reference batches hold both; their statistics are of more images than the batch has.
+
+    ADM's do not say whose features they are of; they fit Inception alone."""
     np.savez(tmp_path / "r.npz", arr_0=noise_images(40, 1))
     measure(f"--samples r.npz --net {net} --save-stats stats.npz")
     stats = np.load(tmp_path / "stats.npz")
     shifted = dict(mu=stats["mu"] + 10, sigma=stats["sigma"], mu_s=np.zeros(3))
+    np.savez(tmp_path / "adm.npz", arr_0=noise_images(40, 1), **shifted)
+    with pytest.raises(UserError, match="adm.npz: statistics of other features, not of network"):
+        measure(f"--samples r.npz --ref adm.npz --net {net}")
+    shifted["network"] = stats["network"]
     np.savez(tmp_path / "adm.npz", arr_0=noise_images(40, 1), **shifted)
     got, _ = measure(f"--samples r.npz --ref adm.npz --net {net}")
     assert got["frechet_distance"] == pytest.approx(16 * 100, rel=1e-9)
@@ -324,7 +330,7 @@ WRONG_INPUTS = [
     ("--samples black.npz --ref s.npz", "black.npz: has arr_0 uint8 .*; expected .*0 to 255"),
     ("--samples other.npz --ref s.npz", r"other.npz: has \['something'\]; expected images"),
     ("--samples s.npz --ref other.npz", r"other.npz: has \['something'\]; expected images"),
-    ("--samples s.npz --ref inception.npz", "inception.npz: .* not of 16 features"),
+    ("--samples s.npz --ref inception.npz", "inception.npz: statistics of other features, not of"),
     ("--samples s.npz --ref foreign.npz", "foreign.npz: statistics of 0123, not of"),
     ("--samples cut.npz --ref s.npz", "cut.npz: not a usable .npz of images"),
     ("--samples s.npz --ref cut.npz", "cut.npz: not a usable .npz"),
