@@ -998,10 +998,14 @@ def bounded(kind, low, high=2**62):
     return number
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the usage too
+        raise UserError(message)
+
+
 def make_parser(doc):
-    """ArgumentParser with the flags of all scripts."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
+    """Parser with the flags of all scripts."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)"
     )

@@ -154,7 +154,7 @@ def write_npz(model, vae, labels, args):
 
 def draw_picture(model, vae, labels, args):
     """Draw the images and write them as one PNG: a class per row, or a chain per row."""
-    on_step = tqdm(unit="step").update
+    on_step = tqdm(unit="step", delay=1).update  # no bar beside an error
     size = args.batch_size
     batches = enumerate(labels.split(size))
     images = np.concatenate([draw(model, vae, y, i * size, args, on_step) for i, y in batches])

@@ -152,15 +152,18 @@ def read_chains(path, cache, images, refs):
     names = json.loads((cache.path / "names.json").read_text())
     index = {os.path.splitext(names[i])[0]: i for i in images}
     chains = []
+    absent = []
     for number, line in enumerate(lines, 1):
         with user_file(f"{path}, line {number}", "chain"):
             chain = json.loads(line)
             files = [f"{chain['cate']}/{os.path.splitext(name)[0]}" for name in chain["files"]]
             if len(files) != refs:
                 raise ValueError(f"it has {len(files)} files, refs is {refs}")
-        if all(name in index for name in files):
+        missing = [name for name in files if name not in index]
+        absent += missing
+        if not missing:
             chains.append([index[name] for name in files])
-    rest = "the others have images that are absent, unreadable or held out"
+    rest = f"absent, unreadable or held out: {shorten(absent) or 'none'}"
     if not chains:
         raise UserError(f"--chains {path}: has no chain of images in {cache.path}; {rest}")
     say(f"{path}: {len(chains)} of {len(lines)} chains; {rest}")

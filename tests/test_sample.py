@@ -274,7 +274,9 @@ def test_several_processes_draw_only_sets(flags, message, run, monkeypatch):
     ("--pretrained B --ckpt x", "--ckpt: not allowed with argument --pretrained"),
 ])  # fmt: skip
 def test_errors_are_one_line_and_nothing_is_written(flags, message, tmp_path, run):
-    assert message in last_line(run(f"sample.py {flags}", expect=2))
+    _, printed = run(f"sample.py {flags}", expect=2)
+    assert printed.startswith("sample.py: ") and printed.count("\n") == 1
+    assert message in printed
     assert not list(tmp_path.iterdir())
 
 

@@ -195,8 +195,8 @@ def test_stage_2_is_trained_on_a_list_of_chains(listed, capsys):
     flags = "--batch-size 2 --steps 2 --sample-every 0 --holdout 0.1"
     run_in_process(f"finetune_mrar.py --chains chains.txt {flags}")
     printed = capsys.readouterr().out
-    rest = "the others have images that are absent, unreadable or held out"
-    assert f"chains.txt: 2 of 6 chains; {rest}\n" in printed and "2.0 epochs" in printed
+    rest = f"absent, unreadable or held out: a/{out}, a/19, a/99, nothing/0, nothing/1"
+    assert f"chains.txt: 2 of 6 chains; {rest}" in printed and "2.0 epochs" in printed
     assert "1 of 2 classes have no chain of 4: b" in printed
     assert load_file("runs/mrar/ema.pt")["chains"] == "chains.txt"
     run_in_process("finetune_mrar.py --resume --steps 3")
@@ -224,7 +224,8 @@ def test_a_list_without_a_chain_of_the_cache_is_refused(listed, capsys):
         return last_line(capsys.readouterr().err)
 
     chain_list(("nothing", range(4)))
-    assert "chains.txt: has no chain of images in of-photos" in refused("--chains chains.txt")
+    message = "chains.txt: has no chain of images in of-photos; absent, unreadable or held out: no"
+    assert message in refused("--chains chains.txt")
     Path("chains.txt").write_text("")
     assert "chains.txt, line 1: not a usable chain" in refused("--chains chains.txt")
     Path("chains.txt").write_bytes(b"\xff\xfe")
