@@ -600,7 +600,6 @@ CLAIMS = {f.__name__: f for f in FUNCTIONS}
 ONE_SEED = ("samplers", "steps", "length")  # the first seed alone, since they take long
 CURVES = (
     ("autoguidance", "distance"),
-    ("samplers", "distance"),
     ("steps", "distance"),
     ("references", "gain"),
     ("steps", "similarity (Eq. 15)"),
@@ -664,8 +663,8 @@ def markdown(path):
 
 def draw_curves(path):
     """Curves of means over seeds: of 1-step AR only the control, of a chain the last image."""
-    # "NAME, cfg 1.5, image 3": the name of the curve, that of the x axis, and x.
-    pattern = r"(?!stage 1)(.*)(cfg|evaluations|step) ([\d.]+)(?:, (?:real, )?image 3)?"
+    # "NAME, cfg 2, image 3": the name of the curve, that of the x axis, and x.
+    pattern = r"(?!stage 1)(.*)(cfg|step) (\d+)(?:, (?:real, )?image 3)?"
     for claim, metric in CURVES:
         curves = {}
         for setting, cells in over_seeds(path).get(claim, {}).items():

@@ -1,30 +1,21 @@
-"""Draw curves.
+"""Draw the losses of training runs.
 
-    python demo/curves.py runs/train            losses of a run's log.csv, as loss.png beside it
-    python demo/curves.py runs/a runs/b         of several runs in one picture, runs/curves/loss.png
-    python demo/curves.py                       demo/steps.png and demo/evaluations.png
-
-The last one runs the project's own commands, about 40 minutes on two cores. Their files go to
-runs/curves; repeated, it makes only what is not there yet.
+python demo/curves.py                   losses of runs/train, from its log.csv, as loss.png there
+python demo/curves.py runs/a runs/b     of several runs in one picture, runs/curves/loss.png
 """
 
 import csv
-import io
-import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # model comes before torch: it sets how OpenMP's threads wait.
-from model import DEMO, UserError, atomic_write, make_parser, run_main  # noqa: E402
-from vae import DEMO_DATA  # noqa: E402
+from model import UserError, atomic_write, make_parser, run_main  # noqa: E402
 
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
-OUT = Path("runs/curves")
 COLORS = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0", "#b07a10", "#555555")
 
 
@@ -81,69 +72,18 @@ def plot_losses(runs):
                 curves[name] = list(zip(*points))
     if not curves:
         raise UserError(f"{runs[0]}/log.csv: no losses yet; the first one is of step 50")
-    path = runs[0] / "loss.png" if len(runs) == 1 else OUT / "loss.png"
+    folder = runs[0] if len(runs) == 1 else Path("runs/curves")
+    path = folder / "loss.png"
     plot(curves, path, "step", "loss")
     print(f"wrote {path}")
 
 
-def run(line):
-    """Run a command of the project and return what it prints."""
-    print(line)
-    script, *flags = line.split()
-    command = [sys.executable, DEMO.parent / script, *flags]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def distance(name, flags):
-    """Frechet distance of 500 samples, in the features of demo/features.pt."""
-    samples = OUT / f"{name}.npz"
-    result = OUT / f"{name}.json"
-    if not samples.exists():
-        run(f"sample.py --num 500 --out {samples} {flags}")
-    if not result.exists():
-        net = DEMO / "features.pt"
-        run(f"fid.py --samples {samples} --ref {DEMO_DATA} --net {net} --json {result}")
-    return json.loads(result.read_text())["frechet_distance"]
-
-
-def plot_steps():
-    """Similarity and distance as stage 1 goes on (Figure 4a)."""
-    folder = OUT / "train"
-    if not (folder / "ema-0001600.pt").exists():
-        resume = "--resume" if (folder / "last.pt").exists() else ""
-        run(f"train.py --out {folder} --keep-every 400 --sample-every 0 {resume}")
-    checkpoints = sorted(folder.glob("ema-*.pt"))
-    table = run(f"diversity.py --ckpt {' '.join(map(str, checkpoints))}")
-    rows = list(csv.DictReader(io.StringIO(table)))
-    steps = [int(row["step"]) for row in rows]
-    similarity = [float(row["similarity"]) for row in rows]
-    tenths = [distance(path.stem, f"--ckpt {path}") / 10 for path in checkpoints]
-    curves = {"similarity (Eq. 15)": (steps, similarity), "distance / 10": (steps, tenths)}
-    plot(curves, DEMO / "steps.png", "step of stage 1", "similarity, distance / 10")
-
-
-def plot_evaluations():
-    """Distance over the steps of both samplers, of the bundled model."""
-    curves = {}
-    for sampler, counts in (
-        ("euler-maruyama", (12, 25, 100)),
-        ("adams-bashforth", (5, 8, 12, 25)),
-    ):
-        flags = f"--sampler {sampler} --steps"
-        values = [distance(f"{sampler}-{n}", f"{flags} {n}") for n in counts]
-        curves[sampler] = (counts, values)
-    plot(curves, DEMO / "evaluations.png", "sampler steps per image", "Frechet distance")
-
-
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of training runs")
-    args = parser.parse_args()
-    if args.runs:
-        plot_losses(args.runs)
-    else:
-        plot_steps()
-        plot_evaluations()
+    add = parser.add_argument
+    default = [Path("runs/train")]
+    add("runs", nargs="*", type=Path, default=default, help="folders of runs (default: runs/train)")
+    plot_losses(parser.parse_args().runs)
 
 
 if __name__ == "__main__":
