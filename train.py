@@ -192,8 +192,8 @@ def open_chains(args, cache):
             f"--data {args.data}: no class has {refs} images to train on (--holdout {args.holdout})"
         )
     if empty:
-        chain = "images" if refs == 1 else f"chain of {refs}"
-        say(f"{len(empty)} of {len(cache.classes)} classes have no {chain}: {shorten(empty)}")
+        missing = "images" if refs == 1 else f"chain of {refs}"
+        say(f"{len(empty)} of {len(cache.classes)} classes have no {missing}: {shorten(empty)}")
     return chains, held_out
 
 
