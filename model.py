@@ -512,9 +512,12 @@ class TransDiff(nn.Module):
         if config.refs == 1 and config.dropout == 0 and len(labels) > config.num_classes:
             # 1-step AR without dropout: c depends on the class alone, so encode each class once.
             classes = torch.arange(config.num_classes + 1, device=labels.device)
-            c = self.encode(classes)[labels]
+            of_classes = self.decoder.keys_values(self.encode(classes))
+            keys_values = [(k[labels], v[labels]) for k, v in of_classes]
         else:
-            c = self.encode(labels, references=latents[:, :-1])  # teacher forcing: real images
+            # Teacher forcing: real images.
+            c = self.encode(labels, references=latents[:, :-1])
+            keys_values = self.decoder.keys_values(c)
 
         x = latents.repeat_interleave(batch_mul, dim=1)  # [B, M, C, H, W]
         t = draw_t(x.shape[:2], t_distribution, x.device) if t is None else t
@@ -525,7 +528,7 @@ class TransDiff(nn.Module):
         cross_mask = None
         if config.refs > 1:
             _, cross_mask = attention_masks(config, x.device)  # image k attends to c_0 ... c_k
-        v = self.decoder(x_t, t, self.decoder.keys_values(c), cross_mask)
+        v = self.decoder(x_t, t, keys_values, cross_mask)
         return (v.float() - (eps - x)).square().mean()  # Eq. 5, 8, per number of the image
 
     # DistributedDataParallel wraps forward. A subclass with its own loss repeats this line.
