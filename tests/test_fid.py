@@ -222,23 +222,23 @@ def test_statistics_of_another_size_are_refused(tmp_path, measure, net):
 
 
 def test_the_statistics_in_a_reference_batch_come_before_those_of_its_images(
-    tmp_path, measure, net
+    tmp_path, measure, net, monkeypatch
 ):
     """ADM's reference batches hold both; their statistics are of more images than the batch has.
 
-    ADM's do not say whose features they are of; they fit Inception alone."""
+    ADM's do not say whose features they are of: Inception's, of images as they are."""
     np.savez(tmp_path / "r.npz", arr_0=noise_images(40, 1))
     measure(f"--samples r.npz --net {net} --save-stats stats.npz")
     stats = np.load(tmp_path / "stats.npz")
     shifted = dict(mu=stats["mu"] + 10, sigma=stats["sigma"], mu_s=np.zeros(3))
     np.savez(tmp_path / "adm.npz", arr_0=noise_images(40, 1), **shifted)
-    with pytest.raises(UserError, match="adm.npz: statistics of other features, not of network"):
-        measure(f"--samples r.npz --ref adm.npz --net {net}")
-    shifted["network"] = stats["network"]
-    np.savez(tmp_path / "adm.npz", arr_0=noise_images(40, 1), **shifted)
-    got, _ = measure(f"--samples r.npz --ref adm.npz --net {net}")
-    assert got["frechet_distance"] == pytest.approx(16 * 100, rel=1e-9)
+    monkeypatch.setattr(fid, "fetch", lambda url, name: net)  # in the place of Inception
+    got, _ = measure("--samples r.npz --ref adm.npz")
+    assert got["fid"] == pytest.approx(16 * 100, rel=1e-9)
     assert got["precision"] == got["recall"] == 1
+    for flags in (f"--net {net}", "--image-size 20"):
+        with pytest.raises(UserError, match="adm.npz: statistics of other features, not of"):
+            measure(f"--samples r.npz --ref adm.npz {flags}")
 
 
 def test_a_folder_gives_the_numbers_of_an_npz(tmp_path, measure, net):

@@ -629,14 +629,16 @@ def test_other_changes_of_a_resumed_run_are_answered_by_one_line_each(project, t
     out = capsys.readouterr().out.splitlines()
     rest = "the rest of the run follows the new value"
     answers = [line for line in out if rest in line]
-    changes = [
-        "steps 1 there, 2 here",
-        "lr 0.002 there, 0.004 here",
-    ]
+    changes = ["steps 1 there, 2 here", "lr 0.002 there, 0.004 here"]
     assert sorted(answers) == sorted(f"runs/train: {change}; {rest}" for change in changes)
     assert column("runs/train", "lr") == ["0.002", "0.004"]
     run_in_process("train.py --resume --steps 3")
     assert column("runs/train", "lr") == ["0.002", "0.004", "0.004"]
+    capsys.readouterr()
+    run_in_process("train.py --resume --epochs 1")
+    out = capsys.readouterr().out
+    assert f"epochs None there, 1 here; {rest}" in out
+    assert "steps 3 there" not in out
 
 
 def test_a_checkpoint_is_due_every_15_minutes(project, tiny, monkeypatch):

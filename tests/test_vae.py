@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from model import UserError
 from vae import DEMO_DATA, DEMO_VAE, AutoencoderKL, Images, LatentCache, center_crop
-from vae import encode_images, from_uint8, latents_to_images, load_vae, read_image
+from vae import encode_images, from_uint8, latents_to_images, load_vae, open_images, read_image
 from vae import sample_posterior, to_uint8
 
 SMALL = dict(channels=32, multipliers=(1, 1, 2), blocks=1, z_channels=8)  # of 32 px, as the demo's
@@ -712,6 +712,12 @@ def test_images_of_your_own_need_a_vae_of_their_own(tmp_path, garments, monkeypa
         run_in_process(line, expect=2)
         error = capsys.readouterr().err
         assert "--vae: name the VAE for s.npz: kl16, or one that demo/train_vae.py" in error
+
+
+def test_the_bundled_images_bring_their_vae_however_their_path_is_written(monkeypatch):
+    monkeypatch.chdir(DEMO_DATA.parent)
+    images, vae = open_images(DEMO_DATA.name, None, "cpu")
+    assert len(images) == 10_000 and vae.path == DEMO_VAE
 
 
 def test_encode_says_where_the_scale_is_from_and_which_sizes_mrar_needs(
