@@ -969,11 +969,12 @@ def pick_device(name=None):
 
 
 def pick_dtype(name, device):
-    """--dtype; default: bf16, or fp32 on hardware that would emulate bf16."""
+    """--dtype; default: bf16 where the hardware is fast at it. On a CPU with AVX512-bf16 alone,
+    without AMX, training in bf16 takes twice as long as in fp32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu._is_avx512_bf16_supported()
+        native = torch.cpu._is_amx_tile_supported()
     return name or ("bf16" if native else "fp32")
 
 

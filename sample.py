@@ -72,7 +72,7 @@ def parse():
     weights.add_argument("--pretrained", choices=released, help="the authors' weights and VAE")
     add("--vae", help="VAE of the model (default: vae.pt beside it, else the bundled one)")
     add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.*)")
-    add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where it is native)")
+    add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where it is fast)")
     args = parser.parse_args()
     check_output(args)
     return args

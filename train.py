@@ -667,11 +667,7 @@ def training_parser(doc, out, recipes):
     add("--seed", type=bounded(int, 0), help="of weights, data order and every draw (default: 0)")
     add("--sample-every", type=bounded(int, 0), help="steps between pictures; 0 for none")
     add("--workers", type=bounded(int, 0), help="processes that read data (default: 4 on CUDA)")
-    add(
-        "--dtype",
-        choices=["bf16", "fp32"],
-        help="of autocast (default: bf16 where the hardware has it)",
-    )
+    add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where it is fast)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
 
