@@ -142,7 +142,7 @@ def open_reference(path, made_with, shape, args):
     if path.endswith(".npz"):
         with user_file(path, ".npz of images or statistics"), np.load(path) as data:
             has_images = "arr_0" in data or "images" in data
-            # ADM's files do not say: Inception's, of images as they are.
+            # ADM's files name no network: their features are Inception's, of uncropped images.
             unnamed = "other features" if args.net or args.image_size else made_with
             theirs = str(data.get("network", unnamed))
             if "mu" in data and "sigma" in data:

@@ -9,7 +9,7 @@ is a run or its last.pt, its images. The one mask embedding of stage 1 is copied
 token.
 """
 
-from pathlib import Path
+import os
 
 from model import UserError, run_main
 from train import train, training_parser
@@ -31,7 +31,7 @@ def main():
         "release's list of chains",
     )
     args = parser.parse_args()
-    if not args.resume and not (args.init and Path(args.init).exists()):
+    if not args.resume and not os.path.exists(args.init):
         raise UserError(
             f"--init {args.init}: not there; run train.py first, or name a 1-step model"
         )

@@ -132,7 +132,7 @@ def attention_masks(config, device=None):
     block = torch.cat([images.new_full((config.class_tokens,), -1), image_of_token])
     ar = block[:, None] >= block[None, :]  # Figure 3 (e), block-causal (the paper: "causal")
     if config.refs == 1:
-        # Figure 3 (d): bidirectional. The paper's zeros are added to the scores, so hide nothing.
+        # Figure 3 (d): bidirectional. The paper's mask of zeros is added to the scores.
         ar = torch.ones_like(ar)
     return ar, cross
 
@@ -312,10 +312,10 @@ class DiTBlock(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm3(x), shift2, scale2))
 
 
-def timestep_embedding(t, dim=256):
-    """t [B] in [0, 1] -> [B, dim]: cosines, then sines, of 1000 t 10000^(-i / (dim / 2))."""
-    i = torch.arange(dim // 2, device=t.device)
-    frequencies = torch.exp(-math.log(10000) * i / (dim // 2))
+def timestep_embedding(t):
+    """t [B] in [0, 1] -> [B, 256]: cosines, then sines, of 1000 t 10000^(-i / 128)."""
+    i = torch.arange(128, device=t.device)
+    frequencies = 10000 ** (-i / 128)
     angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -628,7 +628,7 @@ class TransDiff(nn.Module):
     def merge_settings(self, settings):
         """self.sampling, replaced by the settings that are not None."""
         given = {k: v for k, v in settings.items() if v is not None}
-        merged = {**self.sampling, **given}
+        merged = self.sampling | given
         if merged["sampler"] == "adams-bashforth" and {"s1", "s2"} & set(given):
             raise UserError(
                 "s1, s2: adams-bashforth has neither; set the sampler to euler-maruyama and the "
@@ -794,7 +794,7 @@ def run_main(main):
     try:
         return main()
     except KeyboardInterrupt:
-        line = "interrupted; the same command continues (stages 1 and 2: with --resume)"
+        line = "interrupted; to continue, repeat the command (stages 1 and 2: with --resume)"
         status = 130
     except (UserError, OSError) as e:
         line = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
@@ -848,6 +848,8 @@ def lock(folder):
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}: another command is writing to it; give another --out") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def wait_until(condition):
@@ -857,7 +859,7 @@ def wait_until(condition):
 
 
 def start_parts(folder, settings):
-    """Open a result that is made in parts; an unfinished one of other settings is refused."""
+    """Create a folder for a result in parts, or reopen it; refuse one of other settings."""
     path = folder / "settings.json"
     text = json.dumps(settings, default=str)
     if RANK == 0:
@@ -877,12 +879,12 @@ def part_paths(folder, count):
 
 
 def missing_parts(paths):
-    """Of every WORLD-th part, from RANK on, the numbers of those that are not there yet."""
+    """Indices of this process's parts (RANK, RANK + WORLD, ...) that do not exist yet."""
     return [i for i in range(RANK, len(paths), WORLD) if not paths[i].exists()]
 
 
 def fetch(url, name):
-    """Path of a download in torch's hub folder, made unless it is there; rank 0 of each machine."""
+    """Path of a file in torch's hub folder; the first process of each machine downloads it."""
     path = Path(torch.hub.get_dir(), "transdiff", name)
     if LOCAL_RANK > 0:
         wait_until(path.exists)

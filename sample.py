@@ -51,7 +51,7 @@ def parse():
         help="guidance scale, one or one per image; 1 is none, 0 with --cfg-below 1 draws without "
         "a class",
     )
-    add("--cfg-below", type=bounded(float, 0, 1), help="guide at t (1: noise) up to this")
+    add("--cfg-below", type=bounded(float, 0, 1), help="guide only at t up to this; t = 1 is noise")
     add(
         "--null-refs",
         action=argparse.BooleanOptionalAction,
@@ -80,6 +80,8 @@ def parse():
 
 def check_output(args):
     """Resolve --out; refuse a suffix that does not fit, and an .npz that is there already."""
+    if args.show_chain and WORLD > 1:
+        raise UserError("--show-chain: draws a picture; run it without torchrun")
     suffixes = [".png", ".npz"]
     if args.num or WORLD > 1:
         suffixes = [".npz"]
@@ -102,6 +104,7 @@ def load(args, device):
         beside = path.parent / "vae.pt"
         vae_path = beside if beside.exists() else DEMO_VAE
     model = load_checkpoint(path, device)
+    # Of the settings of a set: an unfinished one of another checkpoint is refused.
     args.written = args.pretrained or path.stat().st_mtime_ns
     args.refs = args.refs or model.config.refs
     model.sampling = model.merge_settings({k: getattr(args, k) for k in model.sampling})
@@ -149,12 +152,12 @@ def write_npz(model, vae, labels, args):
         names = np.array(model.info["classes"])
         arrays = dict(arr_0=images, arr_1=labels.cpu().numpy(), classes=names)
         atomic_write(args.out, lambda f: np.savez(f, **arrays))
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)  # NFS keeps the lock's file until the exit
 
 
 def draw_picture(model, vae, labels, args):
     """Draw the images and write them as one PNG: a class per row, or a chain per row."""
-    on_step = tqdm(unit="step", delay=1).update  # no bar beside an error
+    on_step = tqdm(unit="step", delay=1).update  # an early error prints no bar
     size = args.batch_size
     batches = enumerate(labels.split(size))
     images = np.concatenate([draw(model, vae, y, i * size, args, on_step) for i, y in batches])

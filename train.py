@@ -35,8 +35,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-# Defaults of the flags of these names. Epochs, lr, batch size: Appendix B; the rest, and 512 px:
-# the release. warmup is a fraction of the run: 1/8 of 800 epochs is the release's 100.
+# Default values of the flags with these names. Epochs, lr, batch size: Appendix B. ema, warmup,
+# batch_mul, all of 512 px: the release. The rest, and all of XS: ours. warmup is a fraction of the
+# run: 1/8 of 800 epochs is the release's 100.
 PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
 DEMO_RUN = dict(warmup=1 / 16, cooldown=1 / 2, ema=0.998, sample_every=500, save_every=100)
 RECIPES = {
@@ -185,7 +186,7 @@ def open_chains(args, cache):
         cache, images, refs, args.batch_size, args.seed, args.mirror, RANK, WORLD, listed
     )
     # The held-out loss is of random chains, also where those to train on are listed.
-    held_out = Chains(cache, other_images, refs, max(1, 512 // args.refs), 0, args.mirror)
+    held_out = Chains(cache, other_images, refs, 512 // args.refs, 0, args.mirror)
     empty = [cache.classes[k] for k in chains.empty]
     if not chains.chains_per_epoch:
         raise UserError(
@@ -233,7 +234,8 @@ def train(args, model_class=TransDiff):
     resolve_flags(args, last, start, device)
     cache = open_cache(args, start, device)
     if WORLD > 1:  # after encoding, which may take longer than the group's time-out
-        dist.init_process_group()
+        # By itself, a build for CUDA takes NCCL for CPUs too.
+        dist.init_process_group(None if device.type == "cuda" else "gloo")
     model, ema, optimizer = build(args, cache, last, start, device, model_class)
     run = Run(args, cache, model, ema, optimizer, last, device)
     batches = DataLoader(
@@ -243,9 +245,10 @@ def train(args, model_class=TransDiff):
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
+    batches = enumerate(batches, run.step)  # forks the workers: NCCL wants that before DDP
     forward = parallelize(model, args)
 
-    for step, (moments, labels) in enumerate(batches, run.step):
+    for step, (moments, labels) in batches:
         # Seeds the posterior, dropped labels, t, noise, dropout: a resumed run draws the same.
         torch.manual_seed(derive_seed(args.seed, step, RANK))
         lr = learning_rate(step, run.steps, args)
@@ -265,7 +268,8 @@ def train(args, model_class=TransDiff):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         if not grad_norm.isfinite():
             raise UserError(
-                f"the gradient of step {step + 1} is not finite; --resume with a smaller --lr"
+                f"the gradient of step {step + 1} is not finite; --resume with a smaller --lr, or "
+                "start anew if there is no checkpoint yet"
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -370,7 +374,7 @@ def build(args, cache, last, start, device, model_class):
     torch.manual_seed(args.seed)
     model = model_class(config)
     if args.size == "XS":
-        # References of scale AR hold the image, so null sees them too.
+        # In scale AR the references show the image itself, so the null class sees them too.
         model.sampling.update(XS_SAMPLING, null_refs=args.chains == "scales")
     if last:
         if not cache.info.items() <= last.items():
@@ -392,7 +396,7 @@ def build(args, cache, last, start, device, model_class):
 def warm_start(model, start, classes, path):
     """Fill `model` from the EMA weights of a checkpoint.
 
-    The release starts the weights from the raw weights, and the EMA from the EMA weights.
+    The release copies raw weights into the model and EMA weights into the EMA.
     1-step -> MRAR: the mask embedding is copied into each mask token, positions are kept, the
     reference projection is new. 256 -> 512 px: the decoder's positions are interpolated. Other
     classes: rows of the class embedding are matched by name, and one line says which are new.
@@ -440,7 +444,7 @@ def memory_per_chain(config, batch_mul, only_decoder=False):
 
 
 def micro_batches_needed(config, args, num_params, memory):
-    """Micro-batches per step, so that activations fill half of what weights leave of the GPU.
+    """Micro-batches per step: activations fill at most half of what weights leave of the GPU.
 
     memory  bytes of the GPU; 30 bytes per parameter hold weights, gradients, AdamW, EMA, buffers
     """
@@ -489,12 +493,13 @@ class Run:
             )
         if RANK == 0:
             lock(self.out)
-            vae = (cache.path / "vae.pt").read_bytes()  # the folder is complete: it can be moved
+            vae = (cache.path / "vae.pt").read_bytes()  # beside ema.pt, for sample.py
             atomic_write(self.out / "vae.pt", lambda f: f.write(vae))
         say(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {device.type}")
+        images = chains_per_epoch * self.chains.refs
         say(
             f"{self.steps / self.steps_per_epoch:.1f} epochs of {chains_per_epoch:,} chains from "
-            f"{len(self.chains.images):,} images of {len(cache.classes)} classes, in {args.dtype}"
+            f"{images:,} images of {len(cache.classes)} classes, in {args.dtype}"
         )
         say(
             f"{self.steps} steps of {args.batch_size} chains of {args.refs} in {self.accumulate} "
@@ -622,8 +627,8 @@ def training_parser(doc, out, recipes):
     add("--size", choices=SIZES, help="of the model (default: that of --init, else XS)")
     add(
         "--data",
-        help="latent cache, or images to encode first (default: those of --init, else the bundled "
-        "ones; not XS: latents)",
+        help="latent cache, or images to encode first (default: those of --init; else for XS the "
+        "bundled images, for other sizes ./latents)",
     )
     add(
         "--vae",
@@ -633,7 +638,7 @@ def training_parser(doc, out, recipes):
         "--mirror",
         action=argparse.BooleanOptionalAction,
         help="train mirror images too; not for letters, digits, left and right "
-        "(default: as --init, else do)",
+        "(default: as in --init, else yes)",
     )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add("--resume", action="store_true", help="continue from OUT/last.pt with the flags of its run")
@@ -652,7 +657,7 @@ def training_parser(doc, out, recipes):
         "cooldown": "last part of the run, 0 to 1: it falls to 0",
         "ema": "decay of the EMA weights per step, 0 to 1",
         "holdout": "part of the images to keep out, 0 to 1; their loss is logged with each picture "
-        "(default: as --init, else 0)",
+        "(default: as in --init, else 0)",
     }
     for name, text in counts.items():
         add(f"--{name}", type=bounded(int, 1), help=text)

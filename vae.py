@@ -7,7 +7,7 @@ labels. TransDiff never sees a pixel: it is trained on, and draws, the latents o
 (Section 3.1). The paper's is LDM's KL-16, whose parameter names are kept, so that the released file
 loads as it is. demo/train_vae.py trains one on your own images.
 
-Under torchrun every process encodes its part. A command that was killed resumes when repeated.
+Under torchrun each process encodes a part of the images. A killed command resumes when repeated.
 """
 
 import fnmatch
@@ -104,7 +104,7 @@ class AttnLevel(nn.Module):
     def __init__(self, cin, cout, count):
         super().__init__()
         self.block = resnet_blocks(cin, cout, count)
-        self.attn = nn.Sequential(*(AttnBlock(cout) for _ in range(count)))
+        self.attn = nn.ModuleList(AttnBlock(cout) for _ in range(count))
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
@@ -303,13 +303,14 @@ def walk(folder, parents=()):
     real = os.path.realpath(folder)
     if real in parents:
         return
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.startswith("."):
             continue
-        if os.path.isdir(entry.path):  # of a link to itself too: no error
-            yield from walk(entry.path, (*parents, real))
-        elif os.path.isfile(entry.path):
-            yield entry.path
+        if os.path.isdir(path):  # of a link to itself too: no error
+            yield from walk(path, (*parents, real))
+        elif os.path.isfile(path):
+            yield path
 
 
 def read_folder(root, labelled):

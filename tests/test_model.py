@@ -823,7 +823,7 @@ model.run_main(lambda: exec(sys.argv[1]))
     ("raise model.UserError('photos: no such folder')", 2, "mine.py: photos: no such folder"),
     ("open('gone.pt')", 2, "mine.py: gone.pt: No such file or directory"),
     ("raise MemoryError", 2, "mine.py: out of memory; draw fewer images at once"),
-    ("raise KeyboardInterrupt", 130, "mine.py: interrupted; the same command continues"),
+    ("raise KeyboardInterrupt", 130, "mine.py: interrupted; to continue, repeat the command"),
 ])  # fmt: skip
 def test_a_mistake_in_the_input_is_one_line(code, status, line, command, tmp_path):
     (tmp_path / "mine.py").write_text(SCRIPT)

@@ -247,7 +247,7 @@ def test_a_complete_set_is_not_replaced(run, tmp_path):
 
 
 @pytest.mark.parametrize("flags,message", [
-    ("--show-chain --out x.npz", "must end in .png here"),
+    ("--show-chain", "--show-chain: draws a picture; run it without torchrun"),
     ("--n 1 --out x.png", "must end in .npz here"),
 ])  # fmt: skip
 def test_several_processes_draw_only_sets(flags, message, run, monkeypatch):

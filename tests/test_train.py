@@ -739,7 +739,7 @@ def test_a_killed_run_of_two_processes_is_resumed_bit_for_bit(project):
     run_on_two_ranks(f"train.py {flags} --out killed", project, script, expect=(1, -9))
     assert load_file("killed/last.pt")["step"] == 2
     shutil.copytree("killed", "alone")
-    run_on_two_ranks("train.py --resume --out killed", project)
+    run_on_two_ranks("train.py --resume --out killed --device cpu", project)
     assert_same_run("whole/last.pt", "killed/last.pt")
     run_in_process("train.py --resume --out alone")
     assert column("alone", "step") == ["1", "2", "3", "4"]
@@ -753,6 +753,7 @@ vae.PART = 16
 init = train.dist.init_process_group
 def init_after_encoding(*args, **kwargs):
     assert list(Path("runs").glob("latents-*/cache.json")), "not encoded yet"
+    assert args == ("gloo",)  # a build for CUDA would pick NCCL, also for CPUs
     init(*args, **kwargs)
 train.dist.init_process_group = init_after_encoding
 """

@@ -2,6 +2,7 @@
 result."""
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from PIL import Image
 from test_vae import files_of, save_small_vae
 
 import train
-from model import SIZES, TransDiff, UserError, atomic_write, load_checkpoint, load_file
+from model import SIZES, TransDiff, UserError, atomic_write, load_checkpoint, load_file, lock
 from vae import PART, AutoencoderKL, Images, LatentCache, center_crop, encode_images
 from vae import from_uint8, load_vae, open_part, read_image
 
@@ -378,7 +379,16 @@ def test_ctrl_c_is_one_line(small, monkeypatch, capsys):
     monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: signal.raise_signal(signal.SIGINT))
     run_in_process("vae.py encode --data source.npz --vae vae.pt --out new", expect=130)
     err = capsys.readouterr().err
-    assert "vae.py: interrupted; the same command continues" in err and "Traceback" not in err
+    assert "vae.py: interrupted; to continue, repeat the command" in err and "Traceback" not in err
+
+
+def test_a_file_system_without_locks_can_be_written_to(monkeypatch, tmp_path):
+    def lockf(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as Lustre answers
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    lock(tmp_path / "run")
+    assert (tmp_path / "run").is_dir()
 
 
 @pytest.mark.parametrize("line,dataset", [
