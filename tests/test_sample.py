@@ -56,11 +56,15 @@ def one_step_model(path, **others):
 # ------------------------------------------------------------------------------------ pictures
 
 
-def test_the_first_command_of_the_readme_draws_trousers(tmp_path, command):
+@pytest.mark.parametrize("flags,refs", [
+    ("--class 1 --refs 4", 4),  # the first command of the README
+    (f"--class trouser --ckpt {ROOT}/demo/1step.pt", 1),
+])  # fmt: skip
+def test_the_bundled_models_draw_trousers(flags, refs, tmp_path, command):
     """Most of the 8 images correlate best with the mean image of their class."""
-    out, _ = command("sample.py --class 1 --refs 4")
+    out, _ = command(f"sample.py {flags}")
     path = tmp_path / "runs" / "samples.png"
-    assert "runs/samples.png (trouser; refs 4" in out
+    assert f"runs/samples.png (trouser; refs {refs}" in out
     assert Image.open(path).size == (8 * 34 * 2, 34 * 2)
     data = np.load(ROOT / "demo" / "fashion_mnist_10k.npz")
     means = [data["images"][data["labels"] == k].mean(0).ravel() for k in range(10)]
