@@ -585,18 +585,19 @@ def length(seed):
     as long with its schedules, but on nine tenths of the images. Each with both guidances."""
     _, second, third = args.long
     folder = control(seed, "long2", long_stage1(seed), steps=second)
-    last = dict(steps=third, ema=0.999, warmup=0.02, cooldown=0.7)
-    folder = control(seed, "long3", folder, **last)
+    folder = control(seed, "long3", folder, steps=third, ema=0.999, warmup=0.02, cooldown=0.7)
     models = {"1-step, trained long": load(folder), "bundled MRAR": load(DEMO, DEMO_MODEL.name)}
     for name, model in models.items():
-        for below in (1.0, CFG_BELOW):
-            draw = sampler(model, cfg_below=below, null_refs=False)
-            yield from at_scales(f"{name}, t to {below}", seed, draw, ref=args.data)
+        for below in (1.0, CFG_BELOW):  # as the release guides, and as mrar.pt by default
+            draw = sampler(model, cfg_below=below, null_refs=below == 1)
+            yield from at_scales(
+                f"{name}, t to {below}", seed, draw, (1, 1.5, 2, 3), ref=args.data
+            )
 
 
-FUNCTIONS = (mrar, baselines, scales, neighbours, features, references, autoguidance, interval)
-FUNCTIONS += (noise, samplers, s1_s2, t, steps, refs, length)
-CLAIMS = {f.__name__: f for f in FUNCTIONS}
+FIRST = (mrar, baselines, scales, neighbours, features, references, autoguidance, interval)
+OTHERS = (noise, samplers, s1_s2, t, steps, refs, length)
+CLAIMS = {f.__name__: f for f in FIRST + OTHERS}
 ONE_SEED = ("samplers", "steps", "length")  # the first seed alone, since they take long
 CURVES = (
     ("autoguidance", "distance"),
