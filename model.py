@@ -846,7 +846,7 @@ def lock(folder):
     LOCKS.append(open(folder / "lock", "w"))
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # depends on the system
         raise UserError(f"{folder}: another command is writing to it; give another --out") from None
     except OSError:
         pass  # a file system without locks

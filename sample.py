@@ -104,7 +104,7 @@ def load(args, device):
         beside = path.parent / "vae.pt"
         vae_path = beside if beside.exists() else DEMO_VAE
     model = load_checkpoint(path, device)
-    # Of the settings of a set: an unfinished one of another checkpoint is refused.
+    # write_npz records it: a set begun with another checkpoint is refused.
     args.written = args.pretrained or path.stat().st_mtime_ns
     args.refs = args.refs or model.config.refs
     model.sampling = model.merge_settings({k: getattr(args, k) for k in model.sampling})

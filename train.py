@@ -234,7 +234,7 @@ def train(args, model_class=TransDiff):
     resolve_flags(args, last, start, device)
     cache = open_cache(args, start, device)
     if WORLD > 1:  # after encoding, which may take longer than the group's time-out
-        # By itself, a build for CUDA takes NCCL for CPUs too.
+        # PyTorch's CUDA build would pick NCCL for a CPU too.
         dist.init_process_group(None if device.type == "cuda" else "gloo")
     model, ema, optimizer = build(args, cache, last, start, device, model_class)
     run = Run(args, cache, model, ema, optimizer, last, device)
@@ -245,7 +245,7 @@ def train(args, model_class=TransDiff):
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    batches = enumerate(batches, run.step)  # forks the workers: NCCL wants that before DDP
+    batches = enumerate(batches, run.step)  # workers must fork before DDP starts NCCL
     forward = parallelize(model, args)
 
     for step, (moments, labels) in batches:

@@ -590,14 +590,27 @@ def length(seed):
     for name, model in models.items():
         for below in (1.0, CFG_BELOW):  # as the release guides, and as mrar.pt by default
             draw = sampler(model, cfg_below=below, null_refs=below == 1)
-            yield from at_scales(
-                f"{name}, t to {below}", seed, draw, (1, 1.5, 2, 3), ref=args.data
-            )
+            yield from at_scales(f"{name}, t to {below}", seed, draw, (1, 1.5, 2, 3), ref=args.data)
 
 
-FIRST = (mrar, baselines, scales, neighbours, features, references, autoguidance, interval)
-OTHERS = (noise, samplers, s1_s2, t, steps, refs, length)
-CLAIMS = {f.__name__: f for f in FIRST + OTHERS}
+FUNCTIONS = (
+    mrar,
+    baselines,
+    scales,
+    neighbours,
+    features,
+    references,
+    autoguidance,
+    interval,
+    noise,
+    samplers,
+    s1_s2,
+    t,
+    steps,
+    refs,
+    length,
+)
+CLAIMS = {f.__name__: f for f in FUNCTIONS}
 ONE_SEED = ("samplers", "steps", "length")  # the first seed alone, since they take long
 CURVES = (
     ("autoguidance", "distance"),
