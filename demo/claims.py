@@ -509,7 +509,7 @@ def refs(seed):
 
 def t(seed):
     """Logit-normal t, as in the release, is better than uniform t, as in the paper."""
-    yield from at_scales("logit-normal t", seed, sampler(load(stage1(seed))))
+    yield from at_scales("stage 1", seed, sampler(load(stage1(seed))))
     uniform = stage1(seed, "uniform-t", t="uniform")
     yield from at_scales("uniform t", seed, sampler(load(uniform)))
 

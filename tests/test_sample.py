@@ -220,7 +220,7 @@ def test_a_killed_set_is_resumed_by_another_number_of_processes(
     while len(list(partial.glob("*.npy"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     message = last_line(run(f"{DRAW_SET} s.npz", expect=2))
-    assert "s.npz.partial: another command is writing to it" in message
+    assert "s.npz.partial: another command writes to it" in message
     process.kill()
     process.join()
     parts = {path.name for path in partial.glob("*.npy")}

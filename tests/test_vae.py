@@ -642,7 +642,7 @@ def test_a_killed_encoding_is_resumed_by_another_number_of_processes(start, whol
         time.sleep(0.05)
 
     _, err = command(f"{ENCODE} cache", expect=2)
-    assert "cache: another command is writing to it" in err
+    assert "cache: another command writes to it" in err
     process.kill()
     process.join()
     made = {path: path.stat().st_mtime_ns for path in Path("cache").glob("*.npy")}
