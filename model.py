@@ -847,7 +847,7 @@ def lock(folder):
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # depends on the system
-        raise UserError(f"{folder}: another command writes to it; wait or give another --out") from None
+        raise UserError(f"{folder}: another command writes to it; wait or change --out") from None
     except OSError:
         pass  # a file system without locks
 

@@ -582,7 +582,7 @@ def test_a_second_command_in_the_folder_of_a_run_is_refused_while_the_first_runs
         Path("run/last.pt").rename("last.pt")  # as before the first checkpoint
         run_in_process(f"train.py {SHORT} --steps 1 --out run", expect=2)
         lines = capsys.readouterr().err.splitlines()
-        message = "train.py: run: another command writes to it; wait or give another --out"
+        message = "train.py: run: another command writes to it; wait or change --out"
         assert lines.count(message) == 2
         Path("last.pt").rename("run/last.pt")
     finally:
