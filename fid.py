@@ -17,7 +17,7 @@ from pathlib import Path
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import UserError, atomic_write, bounded, fetch, make_parser, pick_device, run_main
 from model import sha256_prefix, shorten, user_file, write_json
-from vae import Images
+from vae import open_images
 
 import numpy as np
 import torch
@@ -134,7 +134,7 @@ def extract(net, images, args, device):
 
 
 def open_reference(path, made_with, shape, args):
-    """(Images, [mu, sigma]) of --ref, None for what it does not have.
+    """(images, [mu, sigma]) of --ref, None for what it does not have.
 
     ADM's reference batches have both: the statistics are of more images than the batch.
     """
@@ -155,7 +155,7 @@ def open_reference(path, made_with, shape, args):
             )
         if not has_images:
             return None, stats
-    reference = Images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
+    reference = open_images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
     if reference.shape != shape:
         raise UserError(f"--ref {path}: {reference.shape} px, the samples {shape}: --image-size N")
     return reference, stats
@@ -178,7 +178,7 @@ def parse():
 def main():
     args = parse()
     device = pick_device(args.device)
-    samples = Images(args.samples, args.image_size, labelled=False)
+    samples = open_images(args.samples, args.image_size, labelled=False)
     path = args.net or fetch(INCEPTION, "inception-2015-12-05.pt")
     net = load_net(path, device)
     network = sha256_prefix(Path(path).read_bytes())

@@ -9,34 +9,29 @@ is a run or its last.pt, its images. The one mask embedding of stage 1 is copied
 token.
 """
 
-import os
-
-from model import UserError, run_main
-from train import train, training_parser
+from model import TransDiff, run_main
+from train import parse, train, training_parser
 
 
-def main():
-    parser = training_parser(__doc__, "runs/mrar", ("XS MRAR", "MRAR"))
+def main(model_class=TransDiff):
+    parser = training_parser(__doc__, "runs/mrar")
     add = parser.add_argument
     add("--init", default="runs/train", help="1-step checkpoint or run (default: %(default)s)")
     add(
         "--refs",
         type=int,
         choices=(4, 16, 64),
+        default=4,
         help="images in a chain (default: 4, best in Fig. 6)",
     )
     add(
         "--chains",
-        help="images (default): of a class, at random; scales: scale AR (Table 4); or a file: the "
-        "release's list of chains",
+        default="images",
+        help="images (default): of a class, at random; scales: scale AR (Table 4); or a file: the release's list of chains",
     )
-    args = parser.parse_args()
-    if not args.resume and not os.path.exists(args.init):
-        raise UserError(
-            f"--init {args.init}: not there; run train.py first, or name a 1-step model"
-        )
-    train(args)
+    parser.set_defaults(only_decoder=False)
+    train(*parse(parser), model_class)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "; --resume continues the run", "; raise --accumulate")

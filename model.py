@@ -10,9 +10,9 @@ Multi-Reference Autoregression":
     DiT                         Eq. 3 (the velocity psi) and Eq. 7 (the diffusion decoder)
     euler_maruyama              Appendix C, Eq. 16-18
     adams_bashforth             ours: a sampler without noise, for few steps
-    draw_t                      the distribution of t in Eq. 5
-    default_sampling            the released cfg, s1, s2 of each model
-    TransDiff.encode, loss      Eq. 4, 5, 8, 10, 12
+    SAMPLERS, Sampling          settings of the sampler; the released ones of each model
+    draw_t, add_noise           the distribution of t in Eq. 5; Eq. 4
+    TransDiff.encode, loss      Eq. 5, 8, 10, 12
     TransDiff.decode, sample    Eq. 7, Algorithms 1 and 2
     checkpoints                 our files and the released ones
     running it                  devices, seeds, files and errors: nothing about the method
@@ -27,8 +27,9 @@ is 1-step AR ("0 references" in the paper), refs = 4 is the paper's MRAR.
 
 import argparse
 import contextlib
-import functools
+import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -39,6 +40,7 @@ import unicodedata
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # Waiting OpenMP threads spin. With two programs on the same cores, each waits for threads that the
 # other keeps off the cores. This bounds the spinning; it has to be set before torch is imported.
@@ -73,8 +75,10 @@ class Config:
     label_drop_prob: float = 0.1  # probability of training a chain with the null class
 
     def __post_init__(self):
-        side = math.isqrt(self.tokens_per_image)
-        if self.refs > 1 and (self.refs * side**2 != self.cond_tokens or self.latent_size % side):
+        if self.refs == 1:
+            return
+        side = math.isqrt(self.cond_tokens // max(1, self.refs))
+        if self.refs * side**2 != self.cond_tokens or self.latent_size % side:
             raise UserError(
                 f"refs {self.refs}: cond_tokens {self.cond_tokens} / refs has to be a square, and "
                 f"the side of the latents, {self.latent_size}, a multiple of its root {side}"
@@ -108,10 +112,10 @@ SIZES = {
         latent_size=8,
         dropout=0.0,
     ),
-    # Appendix B: width, heads (from the release), depth of the AR Transformer, of the DiT.
-    "B": Config(768, 12, 24, 12),
-    "L": Config(1024, 16, 32, 16),
-    "H": Config(1280, 16, 40, 20),
+    # Appendix B; the heads are the release's.
+    "B": Config(width=768, heads=12, ar_depth=24, dit_depth=12),
+    "L": Config(width=1024, heads=16, ar_depth=32, dit_depth=16),
+    "H": Config(width=1280, heads=16, ar_depth=40, dit_depth=20),
 }
 
 
@@ -135,9 +139,6 @@ def attention_masks(config, device=None):
         # Figure 3 (d): bidirectional. The paper's mask of zeros is added to the scores.
         ar = torch.ones_like(ar)
     return ar, cross
-
-
-LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 def attention(q, k, v, heads, mask=None, dropout=0.0):
@@ -177,9 +178,13 @@ class CrossAttention(nn.Module):
         self.heads = config.heads
         self.dropout = nn.Dropout(config.dropout)
         self.wq = nn.Linear(width, width)
-        self.wk = nn.Linear(width, width)  # wk, wv: used by DiT.keys_values
+        self.wk = nn.Linear(width, width)
         self.wv = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
+
+    def keys_values(self, c):
+        """c [B, K, D] -> keys, values, each [B, K, D]."""
+        return self.wk(c), self.wv(c)
 
     def forward(self, x, keys, values, mask=None):
         """x [B, Q, D] against keys, values [B, K, D]; mask bool [Q, K] -> [B, Q, D]."""
@@ -205,9 +210,9 @@ class ARBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm1 = LayerNorm(config.width)
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
         self.attn = SelfAttention(config)
-        self.norm2 = LayerNorm(config.width)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = MLP(config)
 
     def forward(self, x, mask):
@@ -242,9 +247,9 @@ class ARTransformer(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, length, width))
         if config.refs > 1:
             self.reference_proj = nn.Linear(config.latent_channels * config.patch**2, width)
-        self.norm_in = LayerNorm(width)
+        self.norm_in = nn.LayerNorm(width, eps=1e-6)
         self.blocks = nn.ModuleList(ARBlock(config) for _ in range(config.ar_depth))
-        self.norm_out = LayerNorm(width)
+        self.norm_out = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, labels, references=None):
         """Features before the second position embedding.
@@ -295,11 +300,11 @@ class DiTBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.width))
-        self.norm1 = LayerNorm(config.width)
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
         self.attn1 = SelfAttention(config)
-        self.norm2 = LayerNorm(config.width)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.attn2 = CrossAttention(config)
-        self.norm3 = LayerNorm(config.width)
+        self.norm3 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = MLP(config)
 
     def forward(self, x, modulation, keys, values, mask):
@@ -337,13 +342,13 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.dit_depth))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, width))
-        self.norm_out = LayerNorm(width, elementwise_affine=False)
+        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.output_proj = nn.Linear(width, config.latent_channels)
 
     def keys_values(self, c):
         """c [B, K, D] -> (keys, values) of every block: once per condition, not per step."""
         c = self.cond_proj(c)
-        return [(block.attn2.wk(c), block.attn2.wv(c)) for block in self.blocks]
+        return [block.attn2.keys_values(c) for block in self.blocks]
 
     def forward(self, x, t, keys_values, cross_mask=None):
         """Velocity of M noisy images per condition.
@@ -399,7 +404,7 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
         x = x + s1 * drift * dt + s2 * math.sqrt(w * -dt) * noise_sampler(x)
 
 
-def adams_bashforth(velocity, x, steps=25):
+def adams_bashforth(velocity, x, steps=8):
     """Integrate the flow dx/dt = v (Eq. 3) without noise, to second order; ours, for few steps."""
     v_last = None
     for i in range(steps):
@@ -410,29 +415,67 @@ def adams_bashforth(velocity, x, steps=25):
     return x
 
 
-def draw_t(shape, distribution="logit-normal", device=None):
-    """Times in [0, 1): "logit-normal" as in the release, or "uniform" (Eq. 5)."""
-    if distribution == "uniform":
-        return torch.rand(shape, device=device)
-    return torch.randn(shape, device=device).sigmoid()
+# A sampler is called with the velocity, x, and those of steps, s1, s2, noise_sampler that it takes.
+SAMPLERS = {"euler-maruyama": euler_maruyama, "adams-bashforth": adams_bashforth}
 
 
-PUBLISHED = {  # (width, refs, latent_size) -> cfg, s1, s2, where they differ from those of B
-    (1024, 1, 16): (1.30, 0.89, 0.95),
-    (1024, 4, 16): (1.30, 0.925, 0.95),
-    (1024, 1, 32): (1.30, 0.87, 0.87),
-    (1280, 1, 16): (1.23, 0.87, 0.93),
-    (1280, 4, 16): (1.28, 0.87, 0.91),
+@dataclass(frozen=True)
+class Sampling:
+    """What decides a sample beside weights and noise. The defaults are the released settings of B.
+
+    Every model has one, and checkpoints carry it.
+    """
+
+    sampler: str = "euler-maruyama"  # a name in SAMPLERS
+    steps: int = 100  # evaluations of the velocity per image
+    cfg: float = 1.30  # guidance scale, 1 = none; a list has one number for each image of a chain
+    # Guide at t <= cfg_below; the release guides at every t (guidance in an interval: Kynkaanniemi
+    # et al. 2024).
+    cfg_below: float = 1.0
+    null_refs: bool = True  # the null class sees the references too, as in the release
+    s1: float = 0.87  # scale of the drift, Eq. 18
+    s2: float = 0.91  # scale of the noise, Eq. 18
+
+    def used(self):
+        """{name: value} without s1 and s2 where the sampler takes none."""
+        unused = {"s1", "s2"} - set(inspect.signature(SAMPLERS[self.sampler]).parameters)
+        return {k: v for k, v in vars(self).items() if k not in unused}
+
+    def replace(self, **given):
+        """Sampling with the settings that are not None. Another sampler brings its own steps."""
+        given = {k: v for k, v in given.items() if v is not None}
+        new = dataclasses.replace(self, **given)
+        unused = sorted(set(given) - set(new.used()))
+        if unused:
+            raise UserError(f"{', '.join(unused)}: {new.sampler} has none; name another sampler")
+        if new.sampler != self.sampler and "steps" not in given:
+            steps = inspect.signature(SAMPLERS[new.sampler]).parameters["steps"].default
+            return dataclasses.replace(new, steps=steps)
+        return new
+
+
+RELEASED_SAMPLING = {  # (width, refs, latent_size), where it is not that of B
+    (1024, 1, 16): Sampling(s1=0.89, s2=0.95),
+    (1024, 4, 16): Sampling(s1=0.925, s2=0.95),
+    (1024, 1, 32): Sampling(s1=0.87, s2=0.87),
+    (1280, 1, 16): Sampling(cfg=1.23, s1=0.87, s2=0.93),
+    (1280, 4, 16): Sampling(cfg=1.28, s1=0.87, s2=0.91),
 }
 
 
-def default_sampling(config):
-    """Settings of `sample` of a new model or a released one; files of ours carry their own."""
-    shape = (config.width, config.refs, config.latent_size)
-    cfg, s1, s2 = PUBLISHED.get(shape, (1.30, 0.87, 0.91))
-    return dict(
-        steps=100, cfg=cfg, cfg_below=1.0, null_refs=True, s1=s1, s2=s2, sampler="euler-maruyama"
-    )
+def draw_t(shape, distribution="logit-normal", device=None):
+    """Times in [0, 1): "logit-normal" as in the release, or "uniform" (Eq. 5)."""
+    if distribution == "logit-normal":
+        return torch.randn(shape, device=device).sigmoid()
+    if distribution == "uniform":
+        return torch.rand(shape, device=device)
+    raise UserError(f"t {distribution}: must be logit-normal or uniform")
+
+
+def add_noise(x, eps, t):
+    """x_t = (1 - t) x + t eps (Eq. 4): x, eps [B, M, C, H, W], t [B, M]."""
+    t = t[..., None, None, None]
+    return (1 - t) * x + t * eps
 
 
 class TransDiff(nn.Module):
@@ -441,7 +484,7 @@ class TransDiff(nn.Module):
     As in the release: gates that do not start at zero (unlike the cited DiT), a block-causal mask
     (the paper writes "causal"), and c of `width` numbers per token (the paper: d f f).
 
-    sampling  settings of `sample` that fit these weights; checkpoints carry them
+    sampling  the Sampling that fits these weights
     info      of a checkpoint: step, classes (names), empty (classes never trained), vae_digest,
               chains (the flag)
     """
@@ -449,7 +492,8 @@ class TransDiff(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.sampling = default_sampling(config)
+        shape = (config.width, config.refs, config.latent_size)
+        self.sampling = RELEASED_SAMPLING.get(shape, Sampling())
         self.info = {"classes": [str(k) for k in range(config.num_classes)], "empty": []}
         self.ar = ARTransformer(config)
         self.cond_positions = nn.Parameter(torch.empty(1, config.cond_tokens, config.width))
@@ -492,6 +536,16 @@ class TransDiff(nn.Module):
         keys_values = self.decoder.keys_values(c)
         return self.decoder(x[:, None], t[:, None], keys_values)[:, 0]
 
+    def keys_values(self, labels, references=None):
+        """Keys and values of c in every block of the decoder; arguments as of encode."""
+        config = self.config
+        if config.refs == 1 and config.dropout == 0 and len(labels) > config.num_classes:
+            # 1-step AR without dropout: c depends on the class alone, so encode each class once.
+            classes = torch.arange(config.num_classes + 1, device=labels.device)
+            of_classes = self.decoder.keys_values(self.encode(classes))
+            return [(k[labels], v[labels]) for k, v in of_classes]
+        return self.decoder.keys_values(self.encode(labels, references))
+
     def drop_labels(self, labels):
         """Replace each label by the null class with probability label_drop_prob."""
         drop = torch.rand(len(labels), device=labels.device) < self.config.label_drop_prob
@@ -506,28 +560,17 @@ class TransDiff(nn.Module):
         t        [B, M] in [0, 1], M = refs batch_mul, the draws of image 0 first; None: drawn
         noise    [B, M, C, H, W]; None: standard normal
         """
-        config = self.config
         if self.training:
             labels = self.drop_labels(labels)
-        if config.refs == 1 and config.dropout == 0 and len(labels) > config.num_classes:
-            # 1-step AR without dropout: c depends on the class alone, so encode each class once.
-            classes = torch.arange(config.num_classes + 1, device=labels.device)
-            of_classes = self.decoder.keys_values(self.encode(classes))
-            keys_values = [(k[labels], v[labels]) for k, v in of_classes]
-        else:
-            # Teacher forcing: real images.
-            c = self.encode(labels, references=latents[:, :-1])
-            keys_values = self.decoder.keys_values(c)
-
+        keys_values = self.keys_values(labels, references=latents[:, :-1])  # real images
         x = latents.repeat_interleave(batch_mul, dim=1)  # [B, M, C, H, W]
         t = draw_t(x.shape[:2], t_distribution, x.device) if t is None else t
         eps = torch.randn_like(x) if noise is None else noise
-        t_ = t[..., None, None, None]
-        x_t = (1 - t_) * x + t_ * eps  # Eq. 4
+        x_t = add_noise(x, eps, t)  # Eq. 4
 
         cross_mask = None
-        if config.refs > 1:
-            _, cross_mask = attention_masks(config, x.device)  # image k attends to c_0 ... c_k
+        if self.config.refs > 1:
+            _, cross_mask = attention_masks(self.config, x.device)  # image k: c_0 ... c_k
         v = self.decoder(x_t, t, keys_values, cross_mask)
         return (v.float() - (eps - x)).square().mean()  # Eq. 5, 8, per number of the image
 
@@ -535,33 +578,18 @@ class TransDiff(nn.Module):
     forward = loss
 
     @torch.no_grad()
-    def decode(
-        self,
-        c,
-        noise,
-        c_null=None,
-        cfg=1.0,
-        cfg_below=1.0,
-        sampler="euler-maruyama",
-        steps=100,
-        s1=1.0,
-        s2=1.0,
-        noise_sampler=None,
-        on_step=None,
-    ):
+    def decode(self, c, noise, c_null=None, noise_sampler=None, on_step=None, **settings):
         """Diff(c, eps) of Eq. 7: one image for each condition.
 
         c              [B, K, width], K up to cond_tokens
         noise          [B, C, H, W], standard normal
         c_null         [B, K', width], condition of the null class (default: no guidance)
-        cfg            guidance scale at t <= cfg_below; the release guides at every t
-                       (guidance in an interval: Kynkaanniemi et al. 2024)
-        sampler        "euler-maruyama", the paper's, or "adams-bashforth", without noise
-        s1, s2         of euler_maruyama
         noise_sampler  of euler_maruyama
         on_step        called once per step of the sampler
+        settings       of Sampling; those that are absent or None are taken from self.sampling
         Returns latents [B, C, H, W].
         """
+        s = self.sampling.replace(**settings)
         keys_values = self.decoder.keys_values(c)
         null_keys_values = None if c_null is None else self.decoder.keys_values(c_null)
 
@@ -571,19 +599,27 @@ class TransDiff(nn.Module):
             x = x[:, None]
             t_ = torch.full((1, 1), t, device=x.device)
             v = self.decoder(x, t_, keys_values)[:, 0].float()
-            if c_null is None or t > cfg_below:
+            if c_null is None or t > s.cfg_below:
                 return v
             v_null = self.decoder(x, t_, null_keys_values)[:, 0].float()
-            return v_null + cfg * (v - v_null)  # the drift is affine in v: this mixes drifts
+            return v_null + s.cfg * (v - v_null)  # the drift is affine in v: this mixes drifts
 
-        if sampler == "adams-bashforth":
-            return adams_bashforth(guided_velocity, noise, steps)
-        if sampler != "euler-maruyama":
-            raise UserError(f"sampler {sampler}: must be euler-maruyama or adams-bashforth")
-        return euler_maruyama(guided_velocity, noise, steps, s1, s2, noise_sampler)
+        sampler = SAMPLERS[s.sampler]
+        values = dict(steps=s.steps, s1=s.s1, s2=s.s2, noise_sampler=noise_sampler)
+        takes = set(values) & set(inspect.signature(sampler).parameters)
+        return sampler(guided_velocity, noise, **{name: values[name] for name in takes})
 
     @torch.no_grad()
-    def sample(self, labels, refs=None, noise=None, references=None, **settings):
+    def sample(
+        self,
+        labels,
+        refs=None,
+        noise=None,
+        references=None,
+        noise_sampler=None,
+        on_step=None,
+        **settings,
+    ):
         """Algorithms 1 and 2: draw a chain image by image; the last image is the result.
 
         Fed back is the latent of the image (Eq. 11), as in the release; Algorithm 2 says c_k.
@@ -592,61 +628,46 @@ class TransDiff(nn.Module):
         refs        length of the chain, 0 to config.refs (default: config.refs)
         noise       [B, C, H, W], standard normal: every image of a chain starts from it, as in the
                     release (default: drawn by the noise_sampler)
-        references  latents [B, k, C, H, W], k < refs: the first images of the chains
-        settings    of decode, where cfg may also be a list, one number for each image; and
-                    null_refs: whether the null class sees the references too, as in the release.
-                    Those that are absent or None are taken from self.sampling
+        references  latents [B, k, C, H, W], k <= refs: the first images of the chains
+        noise_sampler, on_step, settings    of decode
         Returns the chain [B, refs, C, H, W].
         """
         config = self.config
         refs = config.refs if refs is None else refs
-        settings = self.merge_settings(settings)
-        null_refs = settings.pop("null_refs")
-        cfgs = np.ravel(settings.pop("cfg")).tolist()
+        s = self.sampling.replace(**settings)
+        cfgs = np.ravel(s.cfg).tolist()
         if len(cfgs) == 1:
             cfgs = cfgs * refs
-        self.check_sample(labels, refs, cfgs)
-        if noise is None:
-            noise_sampler = settings.get("noise_sampler", torch.randn_like)
-            noise = noise_sampler(
-                torch.empty(len(labels), *config.latent_shape, device=labels.device)
-            )
-        null = torch.full_like(labels, config.num_classes)
-
         chain = references
         if chain is None:  # no images yet
-            chain = noise.new_empty(len(noise), 0, *config.latent_shape)
+            chain = torch.empty(len(labels), 0, *config.latent_shape, device=labels.device)
+        self.check_sample(labels, refs, cfgs, chain)
+        if noise is None:
+            randn = noise_sampler or torch.randn_like
+            noise = randn(torch.empty(len(labels), *config.latent_shape, device=labels.device))
+        null = torch.full_like(labels, config.num_classes)
+
         for k in range(chain.shape[1], refs):
             c = self.encode(labels, chain)  # lines 2-7 and 10 of Algorithm 2: c_0 ... c_k
             c_null = None
             if cfgs[k] != 1:
-                c_null = self.encode(null, chain if null_refs else None)
-            x = self.decode(c, noise, c_null, cfgs[k], **settings)  # line 11
+                c_null = self.encode(null, chain if s.null_refs else None)
+            settings["cfg"] = cfgs[k]
+            x = self.decode(c, noise, c_null, noise_sampler, on_step, **settings)  # line 11
             chain = torch.cat([chain, x[:, None]], dim=1)  # line 8
         return chain
 
-    def merge_settings(self, settings):
-        """self.sampling, replaced by the settings that are not None."""
-        given = {k: v for k, v in settings.items() if v is not None}
-        merged = self.sampling | given
-        if merged["sampler"] == "adams-bashforth" and {"s1", "s2"} & set(given):
-            raise UserError(
-                "s1, s2: adams-bashforth has neither; set the sampler to euler-maruyama and the "
-                "steps to 25 or more"
-            )
-        return merged
-
-    def check_sample(self, labels, refs, cfgs):
+    def check_sample(self, labels, refs, cfgs, references):
         config = self.config
         if not 0 <= refs <= config.refs:
             raise UserError(
                 f"refs {refs}: this model draws chains of 1 to {config.refs} images; "
                 "finetune_mrar.py trains one for longer chains"
             )
-        if len(cfgs) < refs:
+        if references.shape[1] > refs:
+            raise UserError(f"refs {refs}: is less than the {references.shape[1]} references")
+        if len(cfgs) != refs:
             raise UserError(f"cfg {cfgs}: give one number, or one for each of {refs} images")
-        if labels.is_meta:  # has no values
-            return
         if not 0 <= labels.min() <= labels.max() < config.num_classes:
             raise UserError(f"labels {labels.tolist()}: must be 0 to {config.num_classes - 1}")
 
@@ -696,7 +717,7 @@ def read_weights(ckpt, *names):
     """
     weights = next((ckpt[name] for name in names if ckpt.get(name)), ckpt)
     strip = lambda name: name.removeprefix("module.").replace("_orig_mod.", "")
-    return {strip(name): v.float() for name, v in weights.items()}
+    return {strip(name): v.float() for name, v in weights.items() if torch.is_tensor(v)}
 
 
 def config_from_shapes(state):
@@ -727,19 +748,31 @@ def checkpoint_path(path, name="ema.pt"):
     return Path(path, name) if Path(path).is_dir() else Path(path)
 
 
-def load_state(path, ema=True):
-    """(config, float32 weights under our names, all entries) of a model's checkpoint."""
-    ckpt = load_file(path)
-    with user_file(path, f"TransDiff model, it has {shorten(list(ckpt))}"):
-        state = read_weights(ckpt, "model_ema" if ema else "model", "model")
-        for theirs, ours in RELEASED_NAMES:
-            for name in [k for k in state if k.startswith(theirs)]:
-                state[ours + name.removeprefix(theirs)] = state.pop(name)
-        config = Config(**ckpt["config"]) if "config" in ckpt else config_from_shapes(state)
+class Checkpoint(NamedTuple):
+    """A model's checkpoint. `weights` are float32, under our names; `entries` is the whole file."""
+
+    path: Path
+    config: Config
+    weights: dict
+    entries: dict
+
+
+def read_checkpoint(path, ema=True):
+    """Checkpoint of a file, ours or the release's."""
+    entries = load_file(path)
+    weights = read_weights(entries, "model_ema" if ema else "model", "model")
+    for theirs, ours in RELEASED_NAMES:
+        for name in [k for k in weights if k.startswith(theirs)]:
+            weights[ours + name.removeprefix(theirs)] = weights.pop(name)
+    if "config" in entries:
+        config = Config(**entries["config"])
+    else:
+        with user_file(path, f"TransDiff model, it has {shorten(list(entries))}"):
+            config = config_from_shapes(weights)
     if config.refs == 1:  # the released 1-step files hold a projection that 1-step AR never uses
-        state.pop("ar.reference_proj.weight", None)
-        state.pop("ar.reference_proj.bias", None)
-    return config, state, ckpt
+        weights.pop("ar.reference_proj.weight", None)
+        weights.pop("ar.reference_proj.bias", None)
+    return Checkpoint(path, config, weights, entries)
 
 
 def load_checkpoint(path, device="cpu", ema=True):
@@ -750,15 +783,14 @@ def load_checkpoint(path, device="cpu", ema=True):
     Raises UserError (a ValueError) if the file is not a TransDiff model, OSError if it cannot be
     opened.
     """
-    path = checkpoint_path(path)
-    config, state, ckpt = load_state(path, ema)
+    ckpt = read_checkpoint(checkpoint_path(path), ema)
     with torch.device("meta"):
-        model = TransDiff(config)
+        model = TransDiff(ckpt.config)
     with user_file(path, "TransDiff model"):
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(ckpt.weights, assign=True)
     info = "step classes vae_digest empty chains".split()
-    model.info.update({k: v for k, v in ckpt.items() if k in info})
-    model.sampling.update(ckpt.get("sampling", {}))
+    model.info.update({k: v for k, v in ckpt.entries.items() if k in info})
+    model.sampling = dataclasses.replace(model.sampling, **ckpt.entries.get("sampling", {}))
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -777,6 +809,8 @@ def user_file(path, kind):
     """Turn what a library raises while it reads a user's file into a UserError that names it."""
     try:
         yield
+    except (NameError, AttributeError, ImportError, AssertionError):
+        raise  # a defect in the code, not in the file
     except Exception as e:
         if isinstance(e, OSError) and e.filename:  # no such file, no permission
             raise
@@ -786,22 +820,25 @@ def user_file(path, kind):
         raise UserError(f"{path}: not a usable {kind} ({reason[:200]})") from e
 
 
-def run_main(main):
-    """Run main(). A user's mistake becomes one line on stderr and exit status 2."""
+def run_main(main, interrupted="", out_of_memory=""):
+    """Run main(). A user's mistake becomes one line on stderr and exit status 2.
+
+    interrupted, out_of_memory  remedies to add to these two lines
+    """
     # An exit, unlike a kill, ends the processes that read data too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = 2
     try:
         return main()
     except KeyboardInterrupt:
-        line = "interrupted; to continue, repeat the command (stages 1 and 2: with --resume)"
+        line = "interrupted" + interrupted
         status = 130
     except (UserError, OSError) as e:
         line = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         # A process that reads data puts its traceback before the message.
         line = line.splitlines()[-1].removeprefix("model.UserError: ")
     except (torch.OutOfMemoryError, MemoryError):
-        line = "out of memory; draw fewer images at once, or in training raise --accumulate"
+        line = "out of memory" + out_of_memory
     except RuntimeError as e:
         if "DataLoader worker" not in str(e):
             raise
@@ -833,23 +870,21 @@ def write_json(path, data):
     atomic_write(path, lambda f: f.write(json.dumps(data, indent=1).encode()))
 
 
-LOCKS = []  # open files: closing one would give up its lock
-
-
 def lock(folder):
-    """Refuse a folder that another command writes to. The lock ends with the process."""
+    """Refuse a folder that another command writes to. Closing the returned file ends the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
     try:
         import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    LOCKS.append(open(folder / "lock", "w"))
-    try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        pass
     except (BlockingIOError, PermissionError):  # depends on the system
         raise UserError(f"{folder}: another command writes to it; wait or change --out") from None
     except OSError:
         pass  # a file system without locks
+    return file
 
 
 def wait_until(condition):
@@ -859,11 +894,15 @@ def wait_until(condition):
 
 
 def start_parts(folder, settings):
-    """Create a folder for a result in parts, or reopen it; refuse one of other settings."""
+    """Create a folder for a result in parts, or reopen it; refuse one of other settings.
+
+    Returns the lock of the folder, on rank 0.
+    """
     path = folder / "settings.json"
     text = json.dumps(settings, default=str)
+    held = None
     if RANK == 0:
-        lock(folder)
+        held = lock(folder)
         if not list(folder.glob("*.npy")):  # new, or a command that failed before its first part
             atomic_write(path, lambda f: f.write(text.encode()))
         if path.read_text() != text:
@@ -872,6 +911,7 @@ def start_parts(folder, settings):
             )
     # Rank 0 may not have written it yet, or will refuse it.
     wait_until(lambda: path.exists() and path.read_text() == text)
+    return held
 
 
 def part_paths(folder, count):

@@ -266,10 +266,11 @@ def read_image(path):
 
     Upright by EXIF, transparency on black, the first frame of an animation.
     """
-    with user_file(path, "image"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata, and of large images
-        image = Image.open(path)
-        image.load()
+        with user_file(path, "image"):
+            image = Image.open(path)
+            image.load()
         try:
             image.getexif()  # keeps the orientation
             image.info.pop("exif", None)  # exif_transpose would write it back: odd entries fail
@@ -277,7 +278,7 @@ def read_image(path):
         except Exception:  # damaged metadata; the pixels are sound
             pass
         if image.mode in ("I", "F"):
-            raise ValueError("32-bit grey has no fixed white; convert it to 8 or 16 bits")
+            raise UserError(f"{path}: 32-bit grey has no fixed white; convert it to 8 or 16 bits")
         if image.mode.startswith("I;16"):  # Pillow's own conversion clips, and does not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
@@ -372,49 +373,26 @@ def read_npz(path, labelled):
     return images, np.zeros(len(images), np.int64), [""]
 
 
-class Images(Dataset):
-    """Images of a folder or an .npz: item i is uint8 [H, W, 3].
+class ImageFolder(Dataset):
+    """Images of a folder of class folders, or (not labelled) at any depth below a folder.
 
-    path      folder of class folders (not labelled: of images, at any depth), or .npz of uint8
-              images and labels
-    size      pixels: crop every image to size x size; None: take them as they are, all of one size
-    labelled  have `labels`, int64 [N], and `classes`, their names
-    skip_bad  a damaged image is NaN, float32; otherwise it is a UserError
+    The attributes are those of open_images.
     """
 
-    def __init__(self, path, size=None, labelled=True, skip_bad=False):
-        self.path = Path(path)
+    def __init__(self, path, size, labelled, skip_bad):
+        self.path = path
         self.size = size
         self.skip_bad = skip_bad
-        self.folder = self.path.is_dir()
-        if not self.folder and self.path.suffix != ".npz":
-            raise UserError(f"{path}: no such folder or .npz of images")
-        read = read_folder if self.folder else read_npz
-        self.items, self.labels, self.classes = read(self.path, labelled)
-        self.shape = (size, size) if size else self.open(0).size[::-1]
+        self.files, self.labels, self.classes = read_folder(path, labelled)
+        self.names = [os.path.relpath(file, path) for file in self.files]
+        self.shape = (size, size) if size else read_image(self.files[0]).size[::-1]
 
     def __len__(self):
-        return len(self.labels)
-
-    @property
-    def digest(self):
-        """Hash of the classes and of the path, size and time of change of each file."""
-        paths = self.items if self.folder else [self.path]
-        stats = [(os.path.relpath(path, self.path), os.stat(path)) for path in paths]
-        contents = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        return sha256_prefix(ascii((self.classes, contents)).encode())
-
-    def name(self, i):
-        return self.items[i] if self.folder else f"image {i} of {self.path}"
-
-    def open(self, i):
-        if self.folder:
-            return read_image(self.items[i])
-        return Image.fromarray(self.items[i])
+        return len(self.files)
 
     def __getitem__(self, i):
         try:
-            image = self.open(i)
+            image = read_image(self.files[i])
         except UserError:
             if self.skip_bad:
                 return np.full((*self.shape, 3), np.nan, np.float32)
@@ -423,14 +401,59 @@ class Images(Dataset):
             return center_crop(image, self.size)
         if image.size != self.shape[::-1]:
             raise UserError(
-                f"{self.name(i)}: is {image.height} x {image.width} px, others are {self.shape}; "
+                f"{self.files[i]}: is {image.height} x {image.width} px, others are {self.shape}; "
                 "--image-size N crops all to N x N"
             )
         return np.array(image)
 
 
-def open_images(data, vae_path, device, size=None):
-    """(Images, VAE) of --data and --vae; other images than the bundled ones need their own VAE."""
+class ImageArray(Dataset):
+    """Images of an .npz: uint8 [N, H, W, 3]. The attributes are those of open_images."""
+
+    def __init__(self, path, size, labelled):
+        self.path = path
+        self.size = size
+        self.files = [path]
+        self.images, self.labels, self.classes = read_npz(path, labelled)
+        self.names = [f"{self.classes[k]}/{i}" for i, k in enumerate(self.labels)]
+        self.shape = (size, size) if size else self.images.shape[1:3]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        if self.size:
+            return center_crop(Image.fromarray(self.images[i]), self.size)
+        return self.images[i]
+
+
+def open_images(path, size=None, labelled=True, skip_bad=False):
+    """Dataset of a folder or an .npz: item i is uint8 [H, W, 3].
+
+    path      folder of class folders (not labelled: of images, at any depth), or .npz of uint8
+              images and labels
+    size      pixels: crop every image to size x size; None: take them as they are, all of one size
+    skip_bad  a damaged image is NaN, float32; otherwise it is a UserError
+    It has labels, int64 [N]; classes, their names; names, CLASS/FILE or CLASS/NUMBER of each image;
+    shape, (H, W); files, what it is read from; path.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return ImageFolder(path, size, labelled, skip_bad)
+    if path.suffix == ".npz":
+        return ImageArray(path, size, labelled)
+    raise UserError(f"{path}: no such folder or .npz of images")
+
+
+def images_digest(images):
+    """Hash of the classes and of the path, size and time of change of each file."""
+    stats = [(os.path.relpath(file, images.path), os.stat(file)) for file in images.files]
+    contents = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return sha256_prefix(ascii((images.classes, contents)).encode())
+
+
+def open_images_and_vae(data, vae_path, device, size=None):
+    """(images, VAE) of --data and --vae; other images than the bundled ones need their own VAE."""
     if not vae_path and Path(data).resolve() != DEMO_DATA.resolve():
         raise UserError(
             f"--vae: name the VAE for {data}: kl16, or one that demo/train_vae.py has made"
@@ -439,14 +462,14 @@ def open_images(data, vae_path, device, size=None):
     size = size or vae.image_size
     if size % vae.factor:
         raise UserError(f"--image-size {size}: must be a multiple of {vae.factor} for {vae.path}")
-    return Images(data, size, skip_bad=True), vae
+    return open_images(data, size, skip_bad=True), vae
 
 
 # -------------------------------------------------------------------------------- the latent cache
 # DIR/settings.json  what it is made from; written first
 # DIR/00000.npy ...  float16 [1024, 2, 2 z, h, w]: mean and log-variance of each crop ([:, 0]) and
 #                    of its mirror image ([:, 1]), NaN where the image cannot be read
-# DIR/names.json     CLASS/FILE of each image of a folder
+# DIR/names.json     CLASS/FILE of each image; of an .npz CLASS/NUMBER
 # DIR/labels.npy     int64 [N]; -1 where the image cannot be read
 # DIR/vae.pt         the VAE
 # DIR/cache.json     as settings.json; written last
@@ -471,9 +494,9 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
     record = dict(
         shape=[len(images), 2, 2 * vae.z_channels, side, side],
         scale=vae.scale,
-        info=dict(classes=images.classes, vae_digest=vae.digest, images=images.digest),
+        info=dict(classes=images.classes, vae_digest=vae.digest, images=images_digest(images)),
     )
-    start_parts(out, record)
+    held = start_parts(out, record)  # noqa: F841
     paths = part_paths(out, -(-len(images) // PART))
     for i in tqdm(missing_parts(paths), unit="part", desc=f"encoding to {out}", disable=RANK > 0):
         part = Subset(images, range(i * PART, min(len(images), (i + 1) * PART)))
@@ -487,7 +510,7 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
     wait_until(lambda: all(path.exists() for path in paths))
     readable = np.concatenate([np.isfinite(open_part(path)[:, 0, 0, 0, 0]) for path in paths])
     for i in np.flatnonzero(~readable):
-        print(f"left out, not readable: {images.name(i)!r}")  # !r: a name may not be UTF-8
+        print(f"left out, not readable: {images.names[i]!r}")  # !r: a name may not be UTF-8
     if not readable.any():
         raise UserError(f"{images.path}: none of its {len(images)} images can be read")
     chosen = np.random.default_rng(0).choice(np.flatnonzero(readable), 16)
@@ -496,8 +519,7 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
     labels = np.where(readable, images.labels, -1)
     atomic_write(out / "labels.npy", lambda f: np.save(f, labels))
     shutil.copy(vae.path, out / "vae.pt")
-    if images.folder:
-        write_json(out / "names.json", [os.path.relpath(p, images.path) for p in images.items])
+    write_json(out / "names.json", images.names)
     write_json(complete, record)
     print(
         f"wrote {readable.sum():,} of {len(images):,} images to {out}; "
@@ -527,7 +549,8 @@ def show_reconstructions(originals, vae, path, device):
 
 @functools.lru_cache(maxsize=256)  # each is an open file, of which a process may have 1,024
 def open_part(path):
-    return np.load(path, mmap_mode="r")
+    with user_file(path, "latent cache"):
+        return np.load(path, mmap_mode="r")
 
 
 class LatentCache:
@@ -555,8 +578,7 @@ class LatentCache:
     def moments(self, indices, flips):
         """float16 [..., 2 z, h, w] of the images `indices` [...]; flips [...]: 1 = mirrored."""
         pairs = zip(indices.flat, flips.flat)
-        with user_file(self.path, "latent cache"):
-            rows = [open_part(self.parts[i // PART])[i % PART, flip] for i, flip in pairs]
+        rows = [open_part(self.parts[i // PART])[i % PART, flip] for i, flip in pairs]
         return np.stack(rows).reshape(*indices.shape, *rows[0].shape)
 
 
@@ -571,12 +593,14 @@ def main():
     )
     add("--out", default="runs/latents", help="folder to write or resume (default: %(default)s)")
     add("--image-size", type=bounded(int, 1), help="pixels (default: those of the VAE's training)")
-    add("--workers", type=bounded(int, 0), default=0, help="to read images (default: 0)")
+    add(
+        "--workers", type=bounded(int, 0), default=0, help="processes that read images (default: 0)"
+    )
     args = parser.parse_args()
     device = pick_device(args.device)
-    images, vae = open_images(args.data, args.vae, device, args.image_size)
+    images, vae = open_images_and_vae(args.data, args.vae, device, args.image_size)
     encode_images(images, vae, args.out, args.workers, device)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "; to continue, repeat the command")

@@ -27,9 +27,9 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import DEMO, DEMO_MODEL, CrossAttention, TransDiff, adams_bashforth  # noqa: E402
-from model import atomic_write, autocast, bounded, cast_weights, draw_t  # noqa: E402
-from model import load_checkpoint, load_file, load_state, make_parser, per_image_noise  # noqa: E402
-from model import pick_device, pick_dtype, run_main, write_json  # noqa: E402
+from model import add_noise, atomic_write, autocast, bounded, cast_weights, draw_t  # noqa: E402
+from model import load_checkpoint, load_file, make_parser, per_image_noise  # noqa: E402
+from model import pick_device, pick_dtype, read_checkpoint, run_main, write_json  # noqa: E402
 from vae import DEMO_DATA, DEMO_VAE, LatentCache, latents_to_images, load_vae  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -213,9 +213,9 @@ def stage2(seed, refs=4, name="mrar", **others):
 
 @functools.lru_cache(8)
 def load(folder, file="ema.pt", model_class=TransDiff):
-    config, state, _ = load_state(folder / file)
-    model = model_class(config)
-    model.load_state_dict(state)
+    ckpt = read_checkpoint(folder / file)
+    model = model_class(ckpt.config)
+    model.load_state_dict(ckpt.weights)
     model.to(args.device).eval().requires_grad_(False)
     return cast_weights(model, args.dtype)
 
@@ -242,7 +242,6 @@ def neighbour_chains(seed):
         return path
     cache, images, _ = cache_of(seed)
     names = [f"{cache.classes[k]}/{i}" for i, k in enumerate(cache.labels)]
-    write_json(cache.path / "names.json", names)  # the cache of an .npz has none
     lines = []
     for label in np.unique(cache.labels[images]):
         members = images[cache.labels[images] == label]
@@ -394,8 +393,7 @@ def losses(model, images, null, references=None):
         labels = torch.full_like(labels, model.config.num_classes) if null else labels
         c = model.encode(labels, None if references is None else references[i])
         x = x[:, None]
-        t_ = t[..., None, None, None]
-        v = model.decoder((1 - t_) * x + t_ * noise, t, model.decoder.keys_values(c))
+        v = model.decoder(add_noise(x, noise, t), t, model.decoder.keys_values(c))
         values.append((v - (noise - x)).square().mean((1, 2, 3, 4)))
     return torch.cat(values)
 
@@ -575,7 +573,7 @@ def features(seed):
                 null = torch.full_like(labels, model.config.num_classes)
                 c, c_null = (model.encode(y, chain)[:, :count] for y in (labels, null))
                 few = dict(sampler="adams-bashforth", steps=args.evaluations)
-                return model.decode(c, noise, c_null, CFG, **few)[:, None]
+                return model.decode(c, noise, c_null, cfg=CFG, **few)[:, None]
 
             yield from measure(f"{name}, features {count}", seed, draw, args.few)
 
@@ -735,4 +733,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "; to continue, repeat the command")

@@ -37,14 +37,12 @@ def encode_last(model, labels, seed):
 
 def decode_last(model, vae, c, seed):
     """Decode conditions c [N, K, width], any K; returns uint8 images [N, H, W, 3]."""
-    settings = dict(model.sampling)
-    del settings["null_refs"]
-    settings["cfg"] = np.ravel(settings["cfg"])[-1].item()
+    cfg = np.ravel(model.sampling.cfg)[-1].item()
     null = torch.full((len(c),), model.config.num_classes, device=c.device)
     noise_sampler = per_image_noise(seed, range(len(c)))
     noise = noise_sampler(torch.empty(len(c), *model.config.latent_shape, device=c.device))
     c_null = model.encode(null)
-    latents = model.decode(c, noise, c_null, noise_sampler=noise_sampler, **settings)
+    latents = model.decode(c, noise, c_null, noise_sampler, cfg=cfg)
     return latents_to_images(vae, latents)
 
 
@@ -104,7 +102,7 @@ def main():
     device = pick_device(args.device)
     path = checkpoint_path(args.ckpt)
     model = load_checkpoint(path, device)
-    model.sampling["steps"] = args.steps or model.sampling["steps"]
+    model.sampling = model.sampling.replace(steps=args.steps)
     classes = [class_index("--class", word, model) for word in args.classes]
     labels = torch.tensor(classes, device=device)
     if args.figure == "similarity":

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import UserError, atomic_write, bounded, derive_seed, load_file, lock  # noqa: E402
 from model import make_parser, pick_device, run_main  # noqa: E402
-from vae import DEMO_DATA, AutoencoderKL, Images, from_uint8, load_vae  # noqa: E402
-from vae import sample_posterior, show_reconstructions  # noqa: E402
+from vae import DEMO_DATA, AutoencoderKL, from_uint8, images_digest, load_vae  # noqa: E402
+from vae import open_images, sample_posterior, show_reconstructions  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -68,7 +68,7 @@ def train(vae, images, args, partial, device):
     optimizer = torch.optim.AdamW(
         vae.parameters(), peak_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
-    flags = dict(vars(args), images=images.digest, device=None, workers=None)
+    flags = dict(vars(args), images=images_digest(images), device=None, workers=None)
     last = partial / "last.pt"
     first = resume(last, flags, vae, optimizer) if last.exists() else 0
 
@@ -170,7 +170,7 @@ def main():
         raise UserError(f"--out {out}: is the name of the picture; end the VAE's in .pt")
     device = pick_device(args.device)
     vae = build(args, device)
-    images = Images(args.data, vae.image_size, skip_bad=True)
+    images = open_images(args.data, vae.image_size, skip_bad=True)
 
     partial = Path(f"{out}.partial")
     train(vae, images, args, partial, device)
@@ -179,4 +179,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "; to continue, repeat the command", "; lower --batch-size")

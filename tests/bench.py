@@ -159,7 +159,7 @@ def training(model, args, device, dtype):
         model.parameters(), 1e-6, betas=(0.9, 0.95), foreach=False, fused=False
     )
     # The same weights in other modules: compiled ones, if any.
-    forward = parallelize(copy.deepcopy(model, {id(p): p for p in model.parameters()}), args)
+    forward = parallelize(copy.deepcopy(model, {id(p): p for p in model.parameters()}), args.compile)
 
     def step(loss, optimizer, update):
         with autocast(device, dtype):

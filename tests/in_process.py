@@ -34,7 +34,6 @@ def run_in_process(line, expect=0):
     except SystemExit as e:
         status = e.code
     finally:
-        model.LOCKS.clear()  # as the end of a process does
         sys.argv = argv
         signal.signal(signal.SIGTERM, handler)
     assert status == expect, f"{line}: status {status}"

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 from types import SimpleNamespace
 
@@ -116,6 +117,8 @@ def test_neighbours_are_chains_of_one_class_that_use_each_image_once(tmp_path, m
     )  # fmt: skip
     monkeypatch.setattr(claims, "cache_of", lambda seed: (cache, np.arange(24), None))
     monkeypatch.setattr(claims.args, "out", tmp_path, raising=False)
+    names = [f"{cache.classes[k]}/{i}" for i, k in enumerate(cache.labels)]
+    (tmp_path / "names.json").write_text(json.dumps(names))  # as encoding an .npz writes it
     chains = read_chains(claims.neighbour_chains(0), cache, np.arange(24), 4)
     assert sorted(chains.ravel()) == list(range(24))
     assert all(len(set(order[chain] // 4)) == 1 for chain in chains)

@@ -4,7 +4,6 @@ backend="aot_eager" traces and differentiates as torch.compile's own backend doe
 code: a graph break or a recompilation shows in seconds.
 """
 
-import argparse
 import dataclasses
 import functools
 
@@ -89,7 +88,7 @@ def test_blocks_compile_under_ddp_once_per_kind(refs, backend, process_group, mo
     ddp = functools.partial(DistributedDataParallel, bucket_cap_mb=0.05)
     monkeypatch.setattr(train, "DistributedDataParallel", ddp)
     model = build(refs)
-    forward = train.parallelize(model, argparse.Namespace(compile=True))
+    forward = train.parallelize(model, use_compile=True)
     assert isinstance(forward, DistributedDataParallel)
     loss, grads = loss_and_gradients(model, forward, refs)
     assert backend.frame_count == 2  # one for all blocks of the AR Transformer, one for the DiT's
@@ -144,10 +143,9 @@ def test_a_frozen_ar_transformer_keeps_no_activations():
 ])  # fmt: skip
 def test_micro_batches_fill_half_of_what_the_weights_leave_and_no_more(size, refs, latent_size):
     config = dataclasses.replace(SIZES[size], refs=refs, latent_size=latent_size)
-    args = argparse.Namespace(batch_size=256, batch_mul=4 if refs == 1 else 2, only_decoder=False)
     num_params = {"B": 290e6, "L": 683e6, "H": 1328e6}[size]
-    count = train.micro_batches_needed(config, args, num_params, memory=80e9)
-    chain = train.memory_per_chain(config, args.batch_mul)
+    chain = train.memory_per_chain(config, batch_mul=4 if refs == 1 else 2)
+    count = train.micro_batches_needed(256, chain, num_params, memory=80e9)
     room = (80e9 - 30 * num_params) / 2
     assert 256 % count == 0 and 256 / count * chain <= room
     assert count == 1 or 256 / (count / 2) * chain > room  # half as many would not do

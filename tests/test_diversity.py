@@ -28,7 +28,7 @@ def test_equal_features_have_similarity_1_and_orthogonal_ones_0():
 
 def quick_mrar():
     model = build(SMALL)
-    model.sampling.update(steps=5)
+    model.sampling = model.sampling.replace(steps=5)
     return model
 
 
@@ -94,7 +94,7 @@ def test_a_table_has_a_row_for_each_checkpoint_or_folder_of_a_run(tmp_path, tabl
 
 def test_the_numbers_of_mrar_are_means_over_chains_of_several_seeds(tmp_path, table):
     model = quick_mrar()
-    save(model, tmp_path / "ema.pt", sampling=model.sampling)
+    save(model, tmp_path / "ema.pt", sampling=dataclasses.asdict(model.sampling))
     (row,) = table("--ckpt", "ema.pt", "--seeds", "3")
     S = torch.stack([similarity(chain_features(model, torch.arange(5), k)) for k in range(3)])
     values = mean_abs_offdiagonal(S)

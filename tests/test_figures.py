@@ -31,8 +31,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_fusion_decodes_half_of_the_features_of_each_class(run):
     run("fusion --class trouser bag --n 1 --steps 3 --out fused.png")
     model, vae = load_checkpoint(MODEL), load_vae(VAE)
-    model.sampling["steps"] = 3
-    settings = {k: v for k, v in model.sampling.items() if k != "null_refs"}
+    model.sampling = model.sampling.replace(steps=3)
 
     def features(label):
         label = torch.tensor([label])
@@ -42,7 +41,7 @@ def test_fusion_decodes_half_of_the_features_of_each_class(run):
     def picture(c):
         noise = per_image_noise(0, [0])(torch.empty(1, *model.config.latent_shape))
         c_null = model.encode(torch.tensor([10]))
-        image = latents_to_images(vae, model.decode(c, noise, c_null, **settings))[0]
+        image = latents_to_images(vae, model.decode(c, noise, c_null))[0]
         return np.asarray(Image.fromarray(image).convert("L")).astype(int)
 
     with torch.inference_mode():

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model import DEMO_MODEL, SIZES, Config, TransDiff, UserError, adams_bashforth
-from model import attention_masks, cast_weights, class_index, default_sampling, draw_t
-from model import euler_maruyama, load_checkpoint, load_state, patchify, per_image_noise
-from model import timestep_embedding
+from model import DEMO_MODEL, SIZES, Config, Sampling, TransDiff, UserError, adams_bashforth
+from model import attention_masks, cast_weights, class_index, draw_t
+from model import euler_maruyama, load_checkpoint, patchify, per_image_noise
+from model import read_checkpoint, timestep_embedding
 from train import warm_start
 from vae import DEMO_VAE, load_vae
 
@@ -295,9 +295,11 @@ def test_loss_and_samplers_never_wait_for_the_device(refs):
         model = TransDiff(dataclasses.replace(SMALL, refs=refs)).train()
         latents = torch.empty(3, refs, *model.config.latent_shape)
         labels = torch.zeros(3, dtype=torch.int64)
+        noise = torch.empty(3, *model.config.latent_shape)
     model.loss(latents, labels, batch_mul=2).backward()
+    c = model.encode(labels)
     for sampler in ("euler-maruyama", "adams-bashforth"):
-        assert model.sample(labels, steps=2, sampler=sampler).is_meta
+        assert model.decode(c, noise, c, steps=2, sampler=sampler).is_meta
 
 
 def test_timestep_embedding_is_cosines_then_sines():
@@ -489,9 +491,8 @@ def test_guidance_may_differ_from_image_to_image():
 
 
 @pytest.mark.parametrize("wrong,message", [
-    (dict(sampler="euler"), "sampler euler: must be euler-maruyama or adams-bashforth"),
-    (dict(sampler="adams-bashforth", s1=0.9), "s1, s2: adams-bashforth has neither"),
-    (dict(sampler="adams-bashforth", s2=0.9), "s1, s2: adams-bashforth has neither"),
+    (dict(sampler="adams-bashforth", s1=0.9), "s1: adams-bashforth has none"),
+    (dict(sampler="adams-bashforth", s1=0.9, s2=0.9), "s1, s2: adams-bashforth has none"),
     (dict(labels=torch.tensor([0, 5])), "labels .0, 5.: must be 0 to 4"),
     (dict(labels=torch.tensor([-1])), "labels .-1.: must be 0 to 4"),
     (dict(refs=5), "refs 5: this model draws chains of 1 to 4 images"),
@@ -505,9 +506,9 @@ def test_what_sample_would_silently_ignore_is_refused(wrong, message):
 
 def test_s1_is_refused_with_a_sampler_that_the_model_carries():
     model = build(SMALL)
-    model.sampling.update(sampler="adams-bashforth", steps=2)
+    model.sampling = Sampling("adams-bashforth", steps=2)
     model.sample(LABEL)
-    with pytest.raises(UserError, match="adams-bashforth has neither"):
+    with pytest.raises(UserError, match="adams-bashforth has none"):
         model.sample(LABEL, s1=0.9)
     model.sample(LABEL, s1=0.9, sampler="euler-maruyama")
 
@@ -573,7 +574,7 @@ def save(model, path, **entries):
 
 def start(model, path, classes="abcde"):
     """As train.py's --init PATH."""
-    warm_start(model, load_state(path), list(classes), path)
+    warm_start(model, read_checkpoint(path), list(classes))
 
 
 def test_mrar_starts_from_every_weight_of_a_one_step_model(tmp_path):
@@ -669,18 +670,9 @@ def test_a_checkpoint_carries_its_sampling_settings(tmp_path):
     ("H", 4, 16, 1.28, 0.87, 0.91),
 ])  # fmt: skip
 def test_a_file_without_settings_gets_the_published_ones(size, refs, latent_size, cfg, s1, s2):
-    settings = default_sampling(
-        dataclasses.replace(SIZES[size], refs=refs, latent_size=latent_size)
-    )
-    assert settings == dict(
-        sampler="euler-maruyama",
-        steps=100,
-        cfg=cfg,
-        cfg_below=1.0,
-        null_refs=True,
-        s1=s1,
-        s2=s2,
-    )
+    with torch.device("meta"):
+        model = TransDiff(dataclasses.replace(SIZES[size], refs=refs, latent_size=latent_size))
+    assert model.sampling == Sampling("euler-maruyama", 100, cfg, 1.0, True, s1, s2)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
@@ -729,7 +721,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     torch.save({"model": Payload()}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="evil.pt: not a usable checkpoint"):
-        load_state(tmp_path / "evil.pt")
+        read_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "proof").exists()
 
 
@@ -822,8 +814,8 @@ model.run_main(lambda: exec(sys.argv[1]))
 @pytest.mark.parametrize("code,status,line", [
     ("raise model.UserError('photos: no such folder')", 2, "mine.py: photos: no such folder"),
     ("open('gone.pt')", 2, "mine.py: gone.pt: No such file or directory"),
-    ("raise MemoryError", 2, "mine.py: out of memory; draw fewer images at once"),
-    ("raise KeyboardInterrupt", 130, "mine.py: interrupted; to continue, repeat the command"),
+    ("raise MemoryError", 2, "mine.py: out of memory"),
+    ("raise KeyboardInterrupt", 130, "mine.py: interrupted"),
 ])  # fmt: skip
 def test_a_mistake_in_the_input_is_one_line(code, status, line, command, tmp_path):
     (tmp_path / "mine.py").write_text(SCRIPT)

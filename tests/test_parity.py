@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden import OUTCOMES, assert_close, released_state, tensor, write_released
 
-from model import SIZES, TransDiff, load_checkpoint
+from model import SIZES, Sampling, TransDiff, load_checkpoint
 from vae import load_vae
 
 LABELS = torch.tensor([1, 7])
@@ -51,9 +51,8 @@ def test_one_step_samples(load):
 
 
 def test_a_released_file_has_the_published_sampling_settings(load):
-    settings = dict(steps=100, cfg=1.3, cfg_below=1.0, null_refs=True, s1=0.87, s2=0.91)
     for kind in ("one_step", "mrar"):
-        assert load(kind).sampling == dict(settings, sampler="euler-maruyama")
+        assert load(kind).sampling == Sampling("euler-maruyama", 100, 1.3, 1.0, True, 0.87, 0.91)
 
 
 def test_one_step_at_512_px(load):

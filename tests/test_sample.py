@@ -264,12 +264,13 @@ def test_several_processes_draw_only_sets(flags, message, run, monkeypatch):
 
 @pytest.mark.parametrize("flags,message", [
     ("--num 20 --out x.png", "must end in .npz"),
-    ("--num 20 --show-chain", "--show-chain: not allowed with argument --num"),
+    ("--num 20 --show-chain", "--show-chain: draws a picture; run it without torchrun and --num"),
+    ("--n 2 --num 20", "--num: not allowed with argument --n"),
     ("--class 10", "--class 10: this model was trained on the classes t-shirt, trouser"),
     ("--class hat", "--class hat: this model was trained on the classes t-shirt, trouser"),
     ("--refs 5", "refs 5: this model draws chains of 1 to 4 images"),
-    ("--s1 0.9", "s1, s2: adams-bashforth has neither; set the sampler to euler-"),
-    ("--s2 0", "s1, s2: adams-bashforth has neither; set the sampler to euler-"),
+    ("--s1 0.9", "s1: adams-bashforth has none; name another sampler"),
+    ("--s1 0 --s2 0", "s1, s2: adams-bashforth has none"),
     ("--ckpt nothing.pt", "nothing.pt: No such file or directory"),
     (f"--ckpt {VAE}", "vae.pt: not a usable TransDiff model"),
     (f"--vae {MODEL}", "mrar.pt: not a usable VAE"),

@@ -25,8 +25,8 @@ from test_vae import files_of, save_small_vae
 
 import train
 from model import SIZES, TransDiff, UserError, atomic_write, load_checkpoint, load_file, lock
-from vae import PART, AutoencoderKL, Images, LatentCache, center_crop, encode_images
-from vae import from_uint8, load_vae, open_part, read_image
+from vae import PART, AutoencoderKL, ImageArray, LatentCache, center_crop, encode_images
+from vae import from_uint8, load_vae, open_images, open_part, read_image
 
 DEMO = ROOT / "demo"
 
@@ -60,7 +60,7 @@ def encoded(tmp_path_factory):
     np.savez(folder / "source.npz", images=images, labels=np.arange(40) % 4, classes=names)
     save_small_vae(folder / "vae.pt")
     vae = load_vae(folder / "vae.pt")
-    encode_images(Images(folder / "source.npz", 32), vae, folder / "cache")
+    encode_images(open_images(folder / "source.npz", 32), vae, folder / "cache")
     config = dataclasses.replace(SIZES["XS"], num_classes=4)
     info = dict(config=dataclasses.asdict(config), step=1, classes=names, vae_digest=vae.digest)
     (folder / "run").mkdir()
@@ -132,9 +132,9 @@ def test_unusual_images_are_encoded_and_broken_ones_are_named(tmp_path, capsys, 
     assert "photos: left out, not images by their suffix: {'.txt': 1}" in out
     assert "wrote 12 of 17 images to cache" in out
     named = [line for line in out.splitlines() if line.startswith("left out, not readable: ")]
-    assert [line.split("photos/bad/")[1].strip("'") for line in named] == broken
+    assert [line.split("bad/")[1].strip("'") for line in named] == broken
 
-    cache, images = LatentCache("cache"), Images("photos", 32)
+    cache, images = LatentCache("cache"), open_images("photos", 32)
     readable = np.flatnonzero(cache.labels >= 0)
     assert cache.classes == ["bad", "good"] and cache.labels[readable].tolist() == [0] + [1] * 11
     pixels = from_uint8(np.stack([images[i] for i in readable]))  # reads them all
@@ -177,7 +177,7 @@ def test_damaged_caches_are_refused(small, refused):
 def test_a_cache_that_was_cut_is_one_line(small, capsys):
     os.truncate("cache/00000.npy", 1000)
     run_in_process("train.py --data cache --steps 1", expect=2)
-    assert "train.py: cache: not a usable latent cache" in capsys.readouterr().err
+    assert "train.py: cache/00000.npy: not a usable latent cache" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -228,11 +228,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(small, refused):
     check("surplus")
     save_with(lambda weights: weights.update(cond_positions=torch.zeros(1, 64, 96)))
     check("cond_positions")
-    save_with(lambda weights: None, config={**state["config"], "refs": 3})
-    check("refs 3")
-    for change in (dict(ar_depth=9), dict(other=1)):
-        save_with(lambda weights: None, config={**state["config"], **change})
-        check("not a usable TransDiff model")
+    save_with(lambda weights: None, config={**state["config"], "ar_depth": 9})
+    check("not a usable TransDiff model")
     save_with(lambda weights: weights.update({"\x1b[31m" + "x" * 10**6: torch.zeros(1)}))
     check("not a usable TransDiff model")
     assert "this model draws chains of 1 to 1 images" in refused(
@@ -379,7 +376,7 @@ def test_ctrl_c_is_one_line(small, monkeypatch, capsys):
     monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: signal.raise_signal(signal.SIGINT))
     run_in_process("vae.py encode --data source.npz --vae vae.pt --out new", expect=130)
     err = capsys.readouterr().err
-    assert "vae.py: interrupted; to continue, repeat the command" in err and "Traceback" not in err
+    assert "vae.py: interrupted" in err and "Traceback" not in err
 
 
 def test_a_file_system_without_locks_can_be_written_to(monkeypatch, tmp_path):
@@ -393,7 +390,7 @@ def test_a_file_system_without_locks_can_be_written_to(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("line,dataset", [
     ("train.py --data cache --steps 9 --batch-size 4 --workers 1", train.Chains),
-    ("vae.py encode --data source.npz --vae vae.pt --out new --workers 1", Images),
+    ("vae.py encode --data source.npz --vae vae.pt --out new --workers 1", ImageArray),
 ])  # fmt: skip
 def test_a_reader_that_is_killed_is_one_line(line, dataset, small, monkeypatch, capfd):
     kill = lambda self, i: os.kill(os.getpid(), signal.SIGKILL)
@@ -426,7 +423,7 @@ def test_pipes_are_not_images_and_odd_names_stop_nothing(tmp_path, monkeypatch, 
 def test_one_class_many_classes_and_a_class_of_one_image(labels, tmp_path, monkeypatch, capsys):
     """Also with a batch that is larger than the data set."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train.XS_SAMPLING, "steps", 2)  # to save time
+    monkeypatch.setattr(train, "XS_SAMPLING", train.XS_SAMPLING.replace(steps=2))  # to save time
     images = np.random.default_rng(0).integers(0, 255, (len(labels), 32, 32), dtype=np.uint8)
     np.savez("s.npz", images=images, labels=labels)
     save_small_vae("v.pt")
@@ -577,11 +574,11 @@ def fuzz_everything(folder, rounds):
         return [images[i] for i in range(len(images))]
 
     path = folder / "source.npz"
-    refusals["npz"] = fuzz(path, lambda: read_all(Images(path, 32)), rounds, 4)
-    read_unlabelled = lambda: read_all(Images(path, labelled=False))
+    refusals["npz"] = fuzz(path, lambda: read_all(open_images(path, 32)), rounds, 4)
+    read_unlabelled = lambda: read_all(open_images(path, labelled=False))
     refusals["npz without labels"] = fuzz(path, read_unlabelled, rounds, 5)
     np.savez_compressed(path, **np.load(path))
-    refusals["compressed npz"] = fuzz(path, lambda: read_all(Images(path, 32)), rounds, 6)
+    refusals["compressed npz"] = fuzz(path, lambda: read_all(open_images(path, 32)), rounds, 6)
     assert sorted(folder.rglob("*")) == before, "a file was written"
     return refusals
 

@@ -15,8 +15,9 @@ from in_process import run_in_process
 from PIL import Image, ImageOps, PngImagePlugin
 
 from model import UserError
-from vae import DEMO_DATA, DEMO_VAE, AutoencoderKL, Images, LatentCache, center_crop
-from vae import encode_images, from_uint8, latents_to_images, load_vae, open_images, read_image
+from vae import DEMO_DATA, DEMO_VAE, AutoencoderKL, LatentCache, center_crop
+from vae import encode_images, from_uint8, images_digest, latents_to_images, load_vae, open_images
+from vae import open_images_and_vae, read_image
 from vae import sample_posterior, to_uint8
 
 SMALL = dict(channels=32, multipliers=(1, 1, 2), blocks=1, z_channels=8)  # of 32 px, as the demo's
@@ -71,7 +72,7 @@ def test_formats_are_read_as_they_were_saved(tmp_path, name):
     (tmp_path / "c").mkdir()
     options = dict(lossless=True) if name.endswith("webp") else dict(quality=95)
     Image.fromarray(gradient(32, 32)).save(tmp_path / "c" / name, **options)
-    assert mean_error(Images(tmp_path, 32)[0], gradient(32, 32)) < 3
+    assert mean_error(open_images(tmp_path, 32)[0], gradient(32, 32)) < 3
 
 
 def test_of_an_animation_the_first_frame_is_read(tmp_path):
@@ -100,7 +101,7 @@ def test_modes_are_converted_to_rgb(tmp_path):
     transparent.putpalette([200, 100, 50] * 256)
     transparent.save(folder / "6transparent.png", transparency=0)
 
-    images = Images(tmp_path, 32)
+    images = open_images(tmp_path, 32)
     items = [images[i] for i in range(len(images))]
     assert len(items) == 7 and all(x.shape == (32, 32, 3) and x.dtype == np.uint8 for x in items)
     for item in items[:3]:
@@ -238,27 +239,27 @@ def test_crop_halves_by_box_filter_as_adm_does():
 
 
 def names_of(images, root):
-    return [os.path.relpath(path, root) for path in images.items]
+    return [os.path.relpath(path, root) for path in images.files]
 
 
 def test_a_folder_is_a_tree_of_classes(tmp_path):
     save_images(tmp_path, ["b/1.png", "b/deep/0.png", "a/x.png", "b/.hidden.png", ".git/x.png"])
-    images = Images(tmp_path, 32)
+    images = open_images(tmp_path, 32)
     assert images.classes == ["a", "b"] and images.labels.tolist() == [0, 1, 1]
     assert names_of(images, tmp_path) == ["a/x.png", "b/1.png", "b/deep/0.png"]
     assert images[0].shape == (32, 32, 3)  # a small image is enlarged
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no images in this folder; remove it or fill it"):
-        Images(tmp_path, 32)
+        open_images(tmp_path, 32)
     with pytest.raises(UserError, match="empty: no class folders; expected .*empty/<class>/<image"):
-        Images(tmp_path / "empty", 32)
+        open_images(tmp_path / "empty", 32)
 
 
 def test_files_of_other_suffixes_are_counted_in_one_line(tmp_path, capsys):
     save_images(tmp_path, ["a/0.jpg", "b/0.jpg"])
     for name in ("a/0.heic", "b/1.heic", "b/1.avif", "b/no suffix", "b/Thumbs.db", "b/.hidden"):
         (tmp_path / name).write_bytes(b"")
-    assert len(Images(tmp_path, 8)) == 2
+    assert len(open_images(tmp_path, 8)) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{tmp_path}: left out, not images by their suffix: ")
     counts = {"'.heic': 2", "'.avif': 1", "'': 1", "'.db': 1"}
@@ -280,29 +281,29 @@ def test_links_are_followed_at_any_depth_and_loops_are_not(tmp_path):
     (root / "a" / "itself.png").symlink_to(root / "a" / "itself.png")
     (root / "a" / "itself").symlink_to(root / "a" / "itself")
     (root / "itself").symlink_to(root / "itself")
-    images = Images(root, 8)
+    images = open_images(root, 8)
     expected = ["a/0.png", "a/one.png", "b/deep/1.png", "b/deep/link/3.png"]
     expected += ["c/2.png", "c/4.png", "c/deeper/3.png"]
     in_the_loop = ["b/deep/link/back/2.png", "b/deep/link/back/4.png"]
     assert sorted(names_of(images, root)) == sorted(expected + in_the_loop)
     assert images.classes == ["a", "b", "c"]
-    assert Images(root, 8, labelled=False).items == images.items
+    assert open_images(root, 8, labelled=False).files == images.files
 
 
 def test_the_digest_changes_with_the_images(tmp_path):
     """By it train.py knows whether the latents that it has are those of the images."""
     names = ["a/0.png", "a/1.png", "b/0.png"]
     save_images(tmp_path / "t", names)
-    seen = [Images(tmp_path / "t", 8).digest]
-    assert Images(tmp_path / "t", 8).digest == seen[0]
-    seen.append(Images(tmp_path / "t", 8, labelled=False).digest)
+    seen = [images_digest(open_images(tmp_path / "t", 8))]
+    assert images_digest(open_images(tmp_path / "t", 8)) == seen[0]
+    seen.append(images_digest(open_images(tmp_path / "t", 8, labelled=False)))
     save_images(tmp_path / "t", names[::-1])  # others, under the same names
-    seen.append(Images(tmp_path / "t", 8).digest)
+    seen.append(images_digest(open_images(tmp_path / "t", 8)))
     (tmp_path / "t" / "a" / "1.png").rename(tmp_path / "t" / "b" / "1.png")
-    seen.append(Images(tmp_path / "t", 8).digest)
+    seen.append(images_digest(open_images(tmp_path / "t", 8)))
     for seed in (0, 1):
         np.savez(tmp_path / "s.npz", images=noise(3, 8, 8, 3, seed=seed), labels=[0, 0, 1])
-        seen.append(Images(tmp_path / "s.npz", 8).digest)
+        seen.append(images_digest(open_images(tmp_path / "s.npz", 8)))
     assert len(set(seen)) == 6
 
 
@@ -315,7 +316,7 @@ def test_npz_images_follow_the_rule_of_image_files(tmp_path, shape):
     array = noise(5, *shape)
     np.savez(tmp_path / "s.npz", images=array, labels=np.arange(5) % 2)
     rgb = np.broadcast_to(array.reshape(5, *shape[:2], -1), (5, *shape[:2], 3))
-    images = Images(tmp_path / "s.npz", 32)
+    images = open_images(tmp_path / "s.npz", 32)
     for i in range(5):
         assert np.array_equal(images[i], center_crop(Image.fromarray(rgb[i].copy()), 32))
 
@@ -324,19 +325,19 @@ def test_images_of_the_size_asked_for_or_of_no_size_are_unchanged(tmp_path):
     array = noise(3, 32, 32, 3)
     np.savez(tmp_path / "s.npz", images=array, labels=np.zeros(3, int))
     for size in (32, None):
-        images = Images(tmp_path / "s.npz", size)
+        images = open_images(tmp_path / "s.npz", size)
         assert images.shape == (32, 32)
         assert all(np.array_equal(images[i], array[i]) for i in range(3))
 
 
 def test_bundled_images_have_a_black_margin_of_two_pixels():
-    images = Images(DEMO_DATA, 32)
+    images = open_images(DEMO_DATA, 32)
     assert len(images) == 10_000 and images.classes[1] == "trouser"
     assert np.bincount(images.labels).tolist() == [1000] * 10
     inside = np.zeros((32, 32), bool)
     inside[2:-2, 2:-2] = True
-    assert images.items.shape[1:3] == (32, 32) and images.items[:, ~inside].max() == 0
-    assert images.items[:100, 2].max() > 0  # some garments touch the edge of the original image
+    assert images.images.shape[1:3] == (32, 32) and images.images[:, ~inside].max() == 0
+    assert images.images[:100, 2].max() > 0  # some garments touch the edge of the original image
 
 
 PIXELS = noise(6, 8, 8, 3)
@@ -366,24 +367,24 @@ def save_npz(path, **arrays):
 @pytest.mark.parametrize("form", LABELS_OF_SOME_FORM)
 def test_integer_labels_of_any_form_are_read(tmp_path, form):
     save_npz(tmp_path / "s.npz", images=PIXELS, labels=LABELS_OF_SOME_FORM[form])
-    images = Images(tmp_path / "s.npz", 8)
+    images = open_images(tmp_path / "s.npz", 8)
     assert images.labels.tolist() == [0, 1, 2, 0, 1, 2] and images.labels.dtype == np.int64
     assert images.classes == ["0", "1", "2"]
 
 
 def test_adms_names_of_arrays_are_read(tmp_path):
     np.savez(tmp_path / "s.npz", arr_0=gradient(64, 96)[None], arr_1=np.array([3]))
-    images = Images(tmp_path / "s.npz", 32)
+    images = open_images(tmp_path / "s.npz", 32)
     assert images.labels.tolist() == [3] and images.classes == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize("form", LABELS_OF_NO_USE)
 def test_other_labels_are_refused_where_they_are_needed_and_only_there(tmp_path, form):
     save_npz(tmp_path / "s.npz", images=PIXELS, labels=LABELS_OF_NO_USE[form])
-    images = Images(tmp_path / "s.npz", 8, labelled=False)
+    images = open_images(tmp_path / "s.npz", 8, labelled=False)
     assert len(images) == 6 and np.array_equal(images[5], PIXELS[5])
     with pytest.raises(UserError, match="s.npz: has images uint8 .*expected labels .or arr_1"):
-        Images(tmp_path / "s.npz", 8)
+        open_images(tmp_path / "s.npz", 8)
 
 
 @pytest.mark.parametrize(
@@ -392,8 +393,8 @@ def test_other_labels_are_refused_where_they_are_needed_and_only_there(tmp_path,
 def test_names_of_classes_that_do_not_fit_the_labels_are_refused(tmp_path, classes):
     save_npz(tmp_path / "s.npz", images=PIXELS, labels=LABELS, classes=classes)
     with pytest.raises(UserError, match=r"classes <U1 \(.*expected labels .*below len\(classes\)"):
-        Images(tmp_path / "s.npz", 8)
-    assert len(Images(tmp_path / "s.npz", 8, labelled=False)) == 6
+        open_images(tmp_path / "s.npz", 8)
+    assert len(open_images(tmp_path / "s.npz", 8, labelled=False)) == 6
 
 
 FLOATS = (PIXELS / 255).astype(np.float32)
@@ -417,20 +418,20 @@ def test_other_images_are_refused_by_what_the_file_has_and_what_is_expected(
     if kind == "other names":
         np.savez(tmp_path / "s.npz", **arrays)
     with pytest.raises(UserError) as e:
-        Images(tmp_path / "s.npz", 8, labelled)
+        open_images(tmp_path / "s.npz", 8, labelled)
     assert f"{tmp_path}/s.npz: " in str(e.value) and has in str(e.value)
     assert "expected images (or arr_0), uint8 [N, H, W, 3], 0 to 255" in str(e.value)
 
 
 def test_black_images_are_images(tmp_path):
     np.savez(tmp_path / "s.npz", images=0 * PIXELS, labels=LABELS)
-    assert Images(tmp_path / "s.npz", 8)[5].max() == 0
+    assert open_images(tmp_path / "s.npz", 8)[5].max() == 0
 
 
 def test_an_npz_without_images_is_refused(tmp_path):
     np.savez(tmp_path / "s.npz", images=PIXELS[:0], labels=LABELS[:0])
     with pytest.raises(UserError, match="s.npz: "):
-        Images(tmp_path / "s.npz", 8)
+        open_images(tmp_path / "s.npz", 8)
 
 
 def test_bytes_to_floats_and_back_is_exact():
@@ -503,7 +504,7 @@ def test_files_of_other_weights_are_not_a_vae(tmp_path):
 
 def test_the_vae_runs_in_float32_under_autocast():
     vae = load_vae(DEMO_VAE)
-    x = from_uint8(Images(DEMO_DATA, 32).items[:4].copy())
+    x = from_uint8(open_images(DEMO_DATA, 32).images[:4].copy())
     mean, logvar = vae.encode(x)
     images = latents_to_images(vae, mean * vae.scale)
     with torch.autocast("cpu", torch.bfloat16):
@@ -520,7 +521,7 @@ def test_the_vae_runs_in_float32_under_autocast():
 def test_the_cache_holds_the_moments_of_the_crop_and_of_its_mirror_image(tmp_path, garments):
     np.savez(tmp_path / "s.npz", images=garments[0], labels=garments[1])
     save_small_vae(tmp_path / "vae.pt")
-    images, vae = Images(tmp_path / "s.npz", 32), load_vae(tmp_path / "vae.pt")
+    images, vae = open_images(tmp_path / "s.npz", 32), load_vae(tmp_path / "vae.pt")
     vae.scale = 0.5
     encode_images(images, vae, tmp_path / "cache")
 
@@ -617,7 +618,7 @@ def test_an_unreadable_image_keeps_its_row_with_label_minus_1(photos, whole, man
         "00000.npy", "00001.npy", "00002.npy",
         "cache.json", "labels.npy", "names.json", "reconstructions.png", "settings.json", "vae.pt",
     ]  # fmt: skip
-    cache, images = LatentCache(many / "whole"), Images("photos", 4)
+    cache, images = LatentCache(many / "whole"), open_images("photos", 4)
     left_out = [Path(images.name(i)).name for i in np.flatnonzero(cache.labels < 0)]
     assert left_out == ["0003.png", "1024.png", "2057.png"]
     rest = cache.labels >= 0
@@ -716,7 +717,7 @@ def test_images_of_your_own_need_a_vae_of_their_own(tmp_path, garments, monkeypa
 
 def test_the_bundled_images_bring_their_vae_however_their_path_is_written(monkeypatch):
     monkeypatch.chdir(DEMO_DATA.parent)
-    images, vae = open_images(DEMO_DATA.name, None, "cpu")
+    images, vae = open_images_and_vae(DEMO_DATA.name, None, "cpu")
     assert len(images) == 10_000 and vae.path == DEMO_VAE
 
 
