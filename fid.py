@@ -119,11 +119,11 @@ def load_net(path, device):
 
 
 @torch.inference_mode()
-def extract(net, images, args, device):
+def extract(net, images, workers, device):
     """Features [N, D] and class probabilities [N, K], float32 on the CPU, of all images."""
     features = []
     probs = []
-    loader = DataLoader(images, 64, num_workers=args.workers)
+    loader = DataLoader(images, 64, num_workers=workers)
     # TorchScript would spend its first calls on profiling itself.
     with torch.jit.optimized_execution(False):
         for x in tqdm(loader, unit="batch", desc=f"features of {images.path}"):
@@ -133,36 +133,8 @@ def extract(net, images, args, device):
     return torch.cat(features), torch.cat(probs)
 
 
-def open_reference(path, made_with, shape, args):
-    """(images, [mu, sigma]) of --ref, None for what it does not have.
-
-    ADM's reference batches have both: the statistics are of more images than the batch.
-    """
-    stats = None
-    if path.endswith(".npz"):
-        with user_file(path, ".npz of images or statistics"), np.load(path) as data:
-            has_images = "arr_0" in data or "images" in data
-            # ADM's files name no network: their features are Inception's, of uncropped images.
-            unnamed = "other features" if args.net or args.image_size else made_with
-            theirs = str(data.get("network", unnamed))
-            if "mu" in data and "sigma" in data:
-                stats = [torch.from_numpy(data[k]).double() for k in ("mu", "sigma")]
-    if stats:
-        if theirs != made_with:
-            raise UserError(
-                f"--ref {path}: statistics of {theirs}, not of {made_with}; make them again: "
-                "--save-stats, with this --net and --image-size"
-            )
-        if not has_images:
-            return None, stats
-    reference = open_images(path, shape[0] if shape[0] == shape[1] else None, labelled=False)
-    if reference.shape != shape:
-        raise UserError(f"--ref {path}: {reference.shape} px, the samples {shape}: --image-size N")
-    return reference, stats
-
-
-# -------------------------------------------------------------------------------- command
-def parse():
+# -------------------------------------------------------------------------------- the stage
+def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--samples", metavar="S", required=True, help="images: a folder (any depth), or F.npz")
@@ -172,33 +144,53 @@ def parse():
     add("--save-stats", metavar="F.npz", help="write mean and covariance of the samples' features")
     add("--image-size", type=bounded(int, 1), help="crop all images to N x N pixels")
     add("--workers", type=bounded(int, 0), default=0, help="processes to read images (default: 0)")
-    return parser.parse_args()
-
-
-def main():
-    args = parse()
+    args = parser.parse_args()
     device = pick_device(args.device)
+
+    # -------- samples and network
     samples = open_images(args.samples, args.image_size, labelled=False)
     path = args.net or fetch(INCEPTION, "inception-2015-12-05.pt")
     net = load_net(path, device)
     network = sha256_prefix(Path(path).read_bytes())
     made_with = f"network {network} and images of {samples.shape} px"
-    reference = stats = None
-    if args.ref:
-        reference, stats = open_reference(args.ref, made_with, samples.shape, args)
+
+    # -------- reference: statistics, images or, in ADM's batches, both: statistics of more images
+    reference = args.ref
+    stats = None
+    if args.ref and args.ref.endswith(".npz"):
+        with user_file(args.ref, ".npz of images or statistics"), np.load(args.ref) as data:
+            if "mu" in data and "sigma" in data:
+                stats = [torch.from_numpy(data[k]).double() for k in ("mu", "sigma")]
+                # ADM's files name no network: their features are Inception's, of uncropped images.
+                unnamed = "other features" if args.net or args.image_size else made_with
+                theirs = str(data.get("network", unnamed))
+                if not {"arr_0", "images"} & set(data):
+                    reference = None
+    if stats and theirs != made_with:
+        raise UserError(
+            f"--ref {args.ref}: statistics of {theirs}, not of {made_with}; make them again: "
+            "--save-stats, with this --net and --image-size"
+        )
+    if reference:
+        height, width = samples.shape
+        reference = open_images(args.ref, height if height == width else None, labelled=False)
+        if reference.shape != samples.shape:
+            raise UserError(
+                f"--ref {args.ref}: {reference.shape} px, the samples {samples.shape}: "
+                "--image-size N"
+            )
     for images in (samples, reference):
         if images and len(images) < 10:
             raise UserError(f"{images.path}: has {len(images)} images; 10 or more are needed")
 
-    features, p = extract(net, samples, args, device)
+    # -------- features and measures
+    features, p = extract(net, samples, args.workers, device)
     mu, sigma = mean_and_covariance(features)
-    name = "" if args.net else "inception_"
-    result = {f"{name}score": inception_score(p)}
+    result = {"score" if args.net else "inception_score": inception_score(p)}
     if reference:
-        ref_features, _ = extract(net, reference, args, device)
+        ref_features, _ = extract(net, reference, args.workers, device)
         stats = stats or mean_and_covariance(ref_features)
-        measures = precision_recall(features, ref_features)
-        result["precision"], result["recall"] = measures
+        result["precision"], result["recall"] = precision_recall(features, ref_features)
     if stats:
         result["frechet_distance" if args.net else "fid"] = frechet_distance(mu, sigma, *stats)
     known = getattr(net, "classes", [])  # of demo/train_features.py
@@ -207,29 +199,26 @@ def main():
         right = [known[k] == label for k, label in zip(p.argmax(1), labels)]
         result["accuracy"] = np.mean(right)
 
-    report(args, samples, known, result)
-    if args.save_stats:
-        stats = dict(mu=mu, sigma=sigma, network=made_with)
-        atomic_write(args.save_stats, lambda f: np.savez(f, **stats))
-        print(f"wrote the statistics of {args.samples} to {args.save_stats}")
-    if args.json:
-        inputs = dict(network=network, samples=args.samples, reference=args.ref)
-        write_json(args.json, dict(result, num_samples=len(samples), **inputs))
-
-
-def report(args, samples, known, result):
-    net = args.net or "Inception"
+    # -------- results
+    name = args.net or "Inception"
     print(
-        f"{args.samples}: {len(samples):,} images of {samples.shape} px, in the features of {net}"
+        f"{args.samples}: {len(samples):,} images of {samples.shape} px, in the features of {name}"
     )
-    for name, value in result.items():
-        print(f"  {name:24}{value:10.4f}")
+    for key, value in result.items():
+        print(f"  {key:24}{value:10.4f}")
     if known and "accuracy" not in result:
-        print(f"{net} was trained on {shorten(known)}; of other images its numbers mean little")
+        print(f"{name} was trained on {shorten(known)}; of other images its numbers mean little")
     if args.ref and len(samples) < 10_000:
         print(
             "warning: the distance of fewer than 10,000 samples is biased upwards", file=sys.stderr
         )
+    if args.save_stats:
+        arrays = dict(mu=mu, sigma=sigma, network=made_with)
+        atomic_write(args.save_stats, lambda f: np.savez(f, **arrays))
+        print(f"wrote the statistics of {args.samples} to {args.save_stats}")
+    if args.json:
+        inputs = dict(network=network, samples=args.samples, reference=args.ref)
+        write_json(args.json, dict(result, num_samples=len(samples), **inputs))
 
 
 if __name__ == "__main__":

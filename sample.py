@@ -37,7 +37,7 @@ def parse():
         "--num, all)",
     )
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--n", type=count, default=8, help="images of each class (default: 8)")
+    amount.add_argument("--n", type=count, help="images of each class (default: 8)")
     amount.add_argument("--num", type=count, help="images in all, the classes in turn, to an .npz")
     add("--show-chain", action="store_true", help="draw every image, a chain per row")
     add("--refs", type=count, help="images in the chain, the last is the result (default: all)")
@@ -120,7 +120,7 @@ def main():
     if args.num:
         labels = labels[torch.arange(args.num) % len(labels)]
     else:
-        labels = labels.repeat_interleave(args.n)
+        labels = labels.repeat_interleave(args.n or 8)
 
     # -------- draw, batch by batch
     batches = labels.split(args.batch_size)
@@ -172,7 +172,7 @@ def main():
     else:
         images = np.concatenate(images)
         if not args.show_chain:
-            images = images.reshape(-1, args.n, *images.shape[1:])  # a class per row
+            images = images.reshape(len(classes), -1, *images.shape[1:])  # a class per row
         save_grid(images, out)
     settings = ", ".join(f"{k} {v}" for k, v in model.sampling.used().items())
     print(f"wrote {out} ({shorten(names[classes])}; refs {refs}, {settings})")

@@ -25,9 +25,8 @@ from pathlib import Path
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import RANK, SIZES, WORLD, Sampling, TransDiff, UserError, atomic_write, autocast
 from model import bounded, checkpoint_path, derive_seed, load_file, lock, make_parser, pick_device
-from model import pick_dtype, read_checkpoint, run_main, say, sha256_prefix, shorten, user_file
-from vae import DEMO_DATA, LatentCache, encode_images, images_digest, latents_to_images, load_vae
-from vae import open_images_and_vae, sample_posterior, save_grid
+from model import pick_dtype, read_checkpoint, run_main, say, shorten, user_file
+from vae import DEMO_DATA, LatentCache, encode_once, latents_to_images, load_vae, save_grid
 
 import numpy as np
 import torch
@@ -127,20 +126,6 @@ class Chains(Dataset):
         return torch.from_numpy(moments), torch.from_numpy(self.cache.labels[indices[:, 0]])
 
 
-def growing_scales(latents):
-    """Chains of scale AR (Table 4): one image at 1/8, 1/4, 1/2 and all of its resolution.
-
-    The paper does not describe them. Here the latent is averaged, and enlarged again bilinearly.
-
-    latents  [B, 1, C, H, W]
-    Returns [B, 4, C, H, W].
-    """
-    x = latents[:, 0]
-    side = x.shape[-1]
-    scales = [F.adaptive_avg_pool2d(x, -(-side // n)) for n in (8, 4, 2, 1)]
-    return torch.stack([F.interpolate(s, size=side, mode="bilinear") for s in scales], dim=1)
-
-
 def read_chains(path, cache, images, refs):
     """Image indices [chains, refs] of a list in the release's format.
 
@@ -199,12 +184,6 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def moments_to_latents(moments, cache, chains, device):
-    """Latents [B, refs, C, H, W] on the device, drawn from a batch of moments; chains: the flag."""
-    x = sample_posterior(moments.to(device, non_blocking=True)) * cache.scale
-    return growing_scales(x) if chains == "scales" else x
-
-
 # -------------------------------------------------------------------------------- the loop
 def train(args, last=None, init=None, model_class=TransDiff):
     """Train a model.
@@ -214,13 +193,13 @@ def train(args, last=None, init=None, model_class=TransDiff):
     init         Checkpoint whose weights to start from
     model_class  called with a Config
     """
-    out = Path(args.out)
+    # -------- latents, and chains of them
+    cache = LatentCache(args.data)
     device = pick_device(args.device)
+    amp = autocast(device, args.dtype)
+    out = Path(args.out)
     # cuDNN's attention may round the dropout rate and give NaN gradients under a mask.
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-    # -------- latents, and chains of them
-    cache = open_cache(args.data, args.vae, init, out, args.workers, device)
     images, other_images = split(cache.labels, args.holdout)
     refs = args.refs
     listed = None
@@ -305,7 +284,6 @@ def train(args, last=None, init=None, model_class=TransDiff):
     )
     here = "out resume init vae device compile workers".split()
     flags = {k: v for k, v in vars(args).items() if k not in here}
-    flags["data"] = str(cache.path)
     if RANK == 0:
         held = lock(out)  # until this function returns
         vae = (cache.path / "vae.pt").read_bytes()  # beside ema.pt, for sample.py
@@ -347,9 +325,9 @@ def train(args, last=None, init=None, model_class=TransDiff):
         for i, (m, y) in enumerate(micro_batches):
             # DDP: add up the gradients of all processes once per step.
             forward.require_backward_grad_sync = i == accumulate - 1
-            latents = moments_to_latents(m, cache, args.chains, device)
+            latents = cache.latents(m, device, args.chains)
             y = y.to(device, non_blocking=True)
-            with autocast(device, args.dtype):
+            with amp:
                 loss = forward(latents, y, batch_mul=args.batch_mul, t_distribution=args.t)
             (loss / accumulate).backward()
             mean_loss += loss.detach() / accumulate
@@ -377,7 +355,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
             memory = torch.cuda.max_memory_allocated() / 1e9  # 0 without a GPU
             holdout = math.nan
             if draw and held_out.chains_per_epoch:
-                holdout = holdout_loss(ema, held_out, args.chains, args.t, args.dtype, device)
+                holdout = holdout_loss(ema, held_out, args.chains, args.t, amp, device)
             row = [done, done / steps_per_epoch, loss, grad_norm.item(), lr]
             row += [images_per_second, memory, holdout]
             log.append(",".join(f"{x:.7g}" for x in row).replace("nan", ""))
@@ -395,7 +373,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
                 shutil.copy(out / "ema.pt", out / f"ema-{done:07d}.pt")
             saved = time.time()
         if draw:
-            draw_samples(ema, out, done, chains.empty, args.seed, args.dtype, device)
+            draw_samples(ema, out, done, chains.empty, args.seed, amp, device)
         if not losses:  # a row was written; saving and drawing do not count
             started = time.time()
 
@@ -407,27 +385,6 @@ def train(args, last=None, init=None, model_class=TransDiff):
 
 
 # -------------------------------------------------------------------------------- before the loop
-def open_cache(data, vae_path, init, out, workers, device):
-    """The latent cache `data`; images are encoded first, into a cache beside `out` named after
-    them. The Checkpoint `init`, if any, has to be of the same VAE."""
-    path = Path(data)
-    if (path / "settings.json").exists() or not path.exists():
-        if vae_path and path.exists():
-            raise UserError(f"--data {path}: is a cache; leave out --vae")
-        digest = LatentCache(path).info["vae_digest"]
-    else:
-        images, vae = open_images_and_vae(data, vae_path, device)
-        digest = vae.digest
-        cache_id = sha256_prefix((images_digest(images) + digest).encode())
-        path = out.parent / f"latents-{path.stem}-{images.shape[0]}-{cache_id}"
-    if init and init.entries.get("vae_digest", digest) != digest:
-        raise UserError(f"--init {init.path}: was trained on the latents of another VAE")
-    if not (path / "cache.json").exists():
-        encode_images(images, vae, path, workers, device)
-    say(f"latents from {path}, of {time.ctime((path / 'cache.json').stat().st_mtime)}")
-    return LatentCache(path)
-
-
 @torch.no_grad()
 def warm_start(model, init, classes):
     """Fill `model` from the EMA weights of a Checkpoint; the release copies raw weights into the
@@ -500,12 +457,12 @@ def is_due(every, step, steps):
 
 
 @torch.no_grad()
-def holdout_loss(ema, held_out, chains, t, dtype, device):
+def holdout_loss(ema, held_out, chains, t, amp, device):
     """Loss of the EMA weights on about 512 held-out images, always with the same draws."""
     torch.manual_seed(0)
     moments, labels = held_out[0]
-    latents = moments_to_latents(moments, held_out.cache, chains, device)
-    with autocast(device, dtype):
+    latents = held_out.cache.latents(moments, device, chains)
+    with amp:
         return ema.loss(latents, labels.to(device), t_distribution=t).item()
 
 
@@ -524,13 +481,13 @@ def save(out, info, model, ema, optimizer, flags, log):
     atomic_write(out / "last.pt", lambda f: torch.save(last, f))
 
 
-def draw_samples(ema, out, step, empty, seed, dtype, device):
+def draw_samples(ema, out, step, empty, seed, amp, device):
     """Draw four images of each of the first ten classes that are not empty, a class per row."""
     classes = np.setdiff1d(range(ema.config.num_classes), empty)[:10]
     labels = torch.tensor(classes, device=device).repeat_interleave(4)
     torch.manual_seed(seed)
     vae = load_vae(out / "vae.pt", device)
-    with autocast(device, dtype):
+    with amp:
         chain = ema.sample(labels)
     images = latents_to_images(vae, chain[:, -1].unflatten(0, (-1, 4)))
     path = out / f"samples-{step:07d}.png"
@@ -612,7 +569,7 @@ def parse(parser):
     """(flags, contents of the last.pt of --resume, Checkpoint of --init).
 
     A flag has the value that was typed, else that of the resumed run, else, of the images and how
-    they are used, that of --init, else that of the recipe.
+    they are used, that of --init, else that of the recipe. --data becomes a latent cache.
     """
     typed = parser.parse_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
     last_path = Path(typed.out, "last.pt")
@@ -648,16 +605,17 @@ def parse(parser):
             if name in FIXED:
                 raise UserError(f"{last_path} is of another run: {change}")
             say(f"{args.out}: {change}; the rest of the run follows the new value")
-        return args, last, None
-    if last_path.exists():
+    elif last_path.exists():
         raise UserError(f"{last_path} exists: --resume continues that run; else give another --out")
-    if args.init and not init:
+    elif args.init and not init:
         raise UserError(f"--init {args.init}: not there; run train.py first, or name a model")
-    if args.only_decoder and not init:
+    elif args.only_decoder and not init:
         raise UserError("--only-decoder: give --init, a trained model; its AR Transformer is kept")
-    if args.chains == "scales" and args.refs != 4:
+    elif args.chains == "scales" and args.refs != 4:
         raise UserError(f"--chains scales: has 4 images, not --refs {args.refs}")
-    return args, None, init
+    cache_dir = last_path.parent.parent
+    args.data = str(encode_once(args.data, args.vae, init, cache_dir, args.workers, device))
+    return args, last, init
 
 
 def main(model_class=TransDiff):

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import shutil
+import time
 import warnings
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -553,6 +554,20 @@ def open_part(path):
         return np.load(path, mmap_mode="r")
 
 
+def growing_scales(latents):
+    """Chains of scale AR (Table 4): one image at 1/8, 1/4, 1/2 and all of its resolution.
+
+    The paper does not describe them. Here the latent is averaged, and enlarged again bilinearly.
+
+    latents  [B, 1, C, H, W]
+    Returns [B, 4, C, H, W].
+    """
+    x = latents[:, 0]
+    side = x.shape[-1]
+    scales = [F.adaptive_avg_pool2d(x, -(-side // n)) for n in (8, 4, 2, 1)]
+    return torch.stack([F.interpolate(s, size=side, mode="bilinear") for s in scales], dim=1)
+
+
 class LatentCache:
     """A cache folder: `labels`, `latent_shape` (z, h, w), and what cache.json has."""
 
@@ -580,6 +595,35 @@ class LatentCache:
         pairs = zip(indices.flat, flips.flat)
         rows = [open_part(self.parts[i // PART])[i % PART, flip] for i, flip in pairs]
         return np.stack(rows).reshape(*indices.shape, *rows[0].shape)
+
+    def latents(self, moments, device, chains="images"):
+        """Latents [B, refs, C, H, W] on the device, drawn from a batch of moments; chains: the
+        flag of finetune_mrar.py."""
+        x = sample_posterior(moments.to(device, non_blocking=True)) * self.scale
+        return growing_scales(x) if chains == "scales" else x
+
+
+def encode_once(data, vae_path, init, folder, workers, device):
+    """Path of a latent cache: `data` itself, or a new one in `folder` of the images `data`.
+
+    init  Checkpoint that will be trained on them, or None: refuse the latents of another VAE
+    """
+    path = Path(data)
+    if (path / "settings.json").exists() or not path.exists():
+        if vae_path and path.exists():
+            raise UserError(f"--data {path}: is a cache; leave out --vae")
+        digest = LatentCache(path).info["vae_digest"]
+    else:
+        images, vae = open_images_and_vae(data, vae_path, device)
+        digest = vae.digest
+        cache_id = sha256_prefix((images_digest(images) + digest).encode())
+        path = folder / f"latents-{path.stem}-{images.shape[0]}-{cache_id}"
+    if init and init.entries.get("vae_digest", digest) != digest:
+        raise UserError(f"--init {init.path}: was trained on the latents of another VAE")
+    if not (path / "cache.json").exists():
+        encode_images(images, vae, path, workers, device)
+    say(f"latents from {path}, of {time.ctime((path / 'cache.json').stat().st_mtime)}")
+    return path
 
 
 def main():
