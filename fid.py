@@ -31,10 +31,14 @@ INCEPTION = (
 
 
 # -------------------------------------------------------------------------------- the measures
-def mean_and_covariance(features):
-    """Mean [D] and unbiased covariance [D, D], float64, of features [N, D]."""
-    features = features.double()
-    return features.mean(0), torch.cov(features.T)
+def mean_and_covariance(n, total, outer):
+    """Mean [D] and unbiased covariance [D, D] of n features.
+
+    total  their sum [D], float64
+    outer  the sum of their outer products [D, D], float64: a large set needs no more memory
+    """
+    mu = total / n
+    return mu, (outer - n * torch.outer(mu, mu)) / (n - 1)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -64,10 +68,10 @@ def inception_score(p):
     E_x KL = E_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y). The parts are torch-fidelity's.
     """
     n = len(p)
-    p = p[np.random.RandomState(2020).permutation(n)].double()
+    order = np.random.RandomState(2020).permutation(n)
     scores = []
     for i in range(10):
-        part = p[i * n // 10 : (i + 1) * n // 10]
+        part = p[order[i * n // 10 : (i + 1) * n // 10]].double()
         p_y = part.mean(0)
         kl = torch.xlogy(part, part).sum(1).mean() - torch.xlogy(p_y, p_y).sum()
         scores.append(kl.exp().item())
@@ -119,18 +123,25 @@ def load_net(path, device):
 
 
 @torch.inference_mode()
-def extract(net, images, workers, device):
-    """Features [N, D] and class probabilities [N, K], float32 on the CPU, of all images."""
+def extract(net, images, workers, device, keep):
+    """(class probabilities [N, K], features [N, D] or, without `keep`, None, their mean and
+    covariance) of all images, on the CPU, float32 and float64."""
     features = []
     probs = []
+    total = outer = 0.0
     loader = DataLoader(images, 64, num_workers=workers)
     # TorchScript would spend its first calls on profiling itself.
     with torch.jit.optimized_execution(False):
         for x in tqdm(loader, unit="batch", desc=f"features of {images.path}"):
             x = x.permute(0, 3, 1, 2).contiguous().to(device)
-            features.append(net(x, return_features=True).float().cpu())
+            f = net(x, return_features=True).float().cpu()
+            total += f.double().sum(0)
+            outer += f.double().T @ f.double()
+            if keep:
+                features.append(f)
             probs.append(net(x, no_output_bias=True).float().cpu())
-    return torch.cat(features), torch.cat(probs)
+    features = torch.cat(features) if keep else None
+    return torch.cat(probs), features, mean_and_covariance(len(images), total, outer)
 
 
 # -------------------------------------------------------------------------------- the stage
@@ -184,12 +195,13 @@ def main():
             raise UserError(f"{images.path}: has {len(images)} images; 10 or more are needed")
 
     # -------- features and measures
-    features, p = extract(net, samples, args.workers, device)
-    mu, sigma = mean_and_covariance(features)
+    # Precision and recall alone need the features, and images to compare with.
+    keep = reference is not None
+    p, features, (mu, sigma) = extract(net, samples, args.workers, device, keep)
     result = {"score" if args.net else "inception_score": inception_score(p)}
     if reference:
-        ref_features, _ = extract(net, reference, args.workers, device)
-        stats = stats or mean_and_covariance(ref_features)
+        _, ref_features, ref_stats = extract(net, reference, args.workers, device, keep)
+        stats = stats or ref_stats
         result["precision"], result["recall"] = precision_recall(features, ref_features)
     if stats:
         result["frechet_distance" if args.net else "fid"] = frechet_distance(mu, sigma, *stats)

@@ -3,10 +3,10 @@
     python finetune_mrar.py                               the XS demo, after python train.py
     torchrun --nproc_per_node 8 finetune_mrar.py --init runs/B    the recipe of Appendix B
 
-The loop is train.py's. What differs: a sample is a chain of `refs` images of one class (Eq. 11),
-the mask is block-causal (Figure 3 e), and the run starts from stage 1, with its size and, if --init
-is a run or its last.pt, its images. The one mask embedding of stage 1 is copied into every mask
-token.
+The loop is train.py's. What differs: an item is a chain of `refs` images of one class (Eq. 11), and
+the mask is block-causal (Figure 3 e; the paper writes "causal"). The run starts from stage 1's EMA
+weights and size; if --init is a run or its last.pt, also from its images, holdout and mirror. The
+one mask embedding of stage 1 is copied into every mask token.
 """
 
 from model import TransDiff, run_main
@@ -27,7 +27,8 @@ def main(model_class=TransDiff):
     add(
         "--chains",
         default="images",
-        help="images (default): of a class, at random; scales: scale AR (Table 4); or a file: the release's list of chains",
+        help="images (default): of a class, at random; scales: scale AR (Table 4); or a "
+        "file: the release's list of chains",
     )
     parser.set_defaults(only_decoder=False)
     train(*parse(parser), model_class)

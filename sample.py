@@ -77,7 +77,6 @@ def parse():
 def main():
     args = parse()
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
 
     # -------- the result: a picture or a set
     suffixes = [".png", ".npz"]
@@ -107,6 +106,7 @@ def main():
     model.sampling = model.sampling.replace(**given)
     refs = args.refs or model.config.refs
     vae = load_vae(args.vae or vae_path, device, model)
+    dtype = pick_dtype(args.dtype, device, model.config.width)
     cast_weights(model, dtype)
 
     # -------- labels
@@ -143,7 +143,7 @@ def main():
             batch_size=args.batch_size,
             dtype=dtype,
         )
-        held = start_parts(partial, inputs)  # noqa: F841
+        lock_file = start_parts(partial, inputs)  # noqa: F841 - until main returns
     images = []
     total = len(mine) * refs * model.sampling.steps
     bar = tqdm(total=total, unit="step", delay=1, disable=RANK > 0)  # an early error prints no bar

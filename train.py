@@ -1,7 +1,7 @@
 """Stage 1: train TransDiff, 1-step AR, on a latent cache (Section 3.2.1; recipe of Appendix B).
 
     python train.py                                       the XS demo on the bundled images
-    torchrun --nproc_per_node 8 train.py --size B --data LATENTS    the paper's recipe on ImageNet
+    torchrun --nproc_per_node 8 train.py --size B --out runs/B    the paper's recipe on ./latents
 
 A run writes OUT/last.pt (all that --resume needs beside the cache), OUT/ema.pt (EMA weights in
 float16) and OUT/vae.pt for sample.py, OUT/log.csv and pictures of samples. finetune_mrar.py, stage
@@ -13,6 +13,7 @@ Read `train` first: it is the whole stage, from the latents to the last checkpoi
 import argparse
 import copy
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -24,8 +25,17 @@ from pathlib import Path
 
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import RANK, SIZES, WORLD, Sampling, TransDiff, UserError, atomic_write, autocast
-from model import bounded, checkpoint_path, derive_seed, load_file, lock, make_parser, pick_device
-from model import pick_dtype, read_checkpoint, run_main, say, shorten, user_file
+from model import (
+    bounded,
+    checkpoint_path,
+    derive_seed,
+    draw_t,
+    load_file,
+    lock,
+    make_parser,
+    memory_of,
+)
+from model import pick_device, pick_dtype, read_checkpoint, run_main, say, shorten, user_file
 from vae import DEMO_DATA, LatentCache, encode_once, latents_to_images, load_vae, save_grid
 
 import numpy as np
@@ -36,9 +46,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-# Default values of the flags with these names. Epochs, lr, batch size: Appendix B. ema, warmup,
-# batch_mul, all of "only decoder" (512 px): the release. The rest, and all of XS: ours. warmup is a
-# fraction of the run: 1/8 of 800 epochs is the release's 100.
+# Default values of the flags with these names. Sources: epochs, lr, batch size: Appendix B; ema,
+# warmup, batch_mul, "only decoder" (512 px): the release; the rest, and XS: ours. warmup is a
+# fraction of the run: 1/8 of 800 epochs is the release's 100. batch_size counts chains, also in
+# MRAR, where the paper does not say what it counts.
 PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
 DEMO_RUN = dict(warmup=1 / 16, cooldown=1 / 2, ema=0.998, sample_every=500, save_every=100)
 RECIPES = {
@@ -59,9 +70,9 @@ COLUMNS = "step,epoch,loss,grad_norm,lr,images_per_second,memory_gb,holdout_loss
 
 # -------------------------------------------------------------------------------- chains of images
 def split(labels, holdout):
-    """(indices to train on, indices held out) of labels [N]; every stage and run agree."""
+    """(indices to train on, indices held out) of labels [N]: the same split in every run."""
     held_out = np.random.default_rng(0).random(len(labels)) < holdout
-    readable = labels >= 0
+    readable = labels >= 0  # -1: the image could not be read
     return np.flatnonzero(readable & ~held_out), np.flatnonzero(readable & held_out)
 
 
@@ -74,9 +85,9 @@ class Chains(Dataset):
     Step s takes the next B of them, from number s B on; each process takes an equal part. The seed,
     the step and the rank determine an item, so a run can resume at any step.
 
-    Given the class, the images of such a chain are independent. So the best condition c_k is the
-    same for every k: references can tell nothing that the class does not. For chains in which they
-    can, see `growing_scales` and `read_chains`.
+    Given the class, the images of a random chain are independent, so the best condition c_k is the
+    same for every k: references tell nothing that the class does not. The paper (Section 3.2.2)
+    expects them to help. For chains in which they can, see `growing_scales` and `read_chains`.
     """
 
     cache: LatentCache
@@ -92,21 +103,22 @@ class Chains(Dataset):
     def __post_init__(self):
         chains = self.epoch_order(0)
         self.chains_per_epoch = len(chains)
-        # Classes without a chain.
+        # Classes that fill no chain.
         self.empty = np.setdiff1d(range(len(self.cache.classes)), self.cache.labels[chains])
 
     @functools.lru_cache(2)
     def epoch_order(self, epoch):
-        """Image indices [chains, refs] of one epoch."""
+        """Chains of one epoch: image indices [chains, refs]."""
         rng = np.random.default_rng((self.seed, epoch))
         if self.listed is not None:
             return rng.permutation(self.listed)
         images = rng.permutation(self.images)
         images = images[np.argsort(self.cache.labels[images], kind="stable")]
         labels = self.cache.labels[images]
-        position = np.arange(len(images)) - np.searchsorted(labels, labels)  # within its class
-        full = np.bincount(labels) // self.refs * self.refs
-        chains = images[position < full[labels]].reshape(-1, self.refs)
+        # Labels 0 0 0 1 1, refs = 2: positions in the class 0 1 2 0 1; 2 of each fill chains.
+        position = np.arange(len(images)) - np.searchsorted(labels, labels)
+        used = np.bincount(labels) // self.refs * self.refs
+        chains = images[position < used[labels]].reshape(-1, self.refs)
         return rng.permutation(chains)
 
     def indices(self, step):
@@ -118,7 +130,7 @@ class Chains(Dataset):
         return np.stack([self.epoch_order(i // n)[i % n] for i in chains])
 
     def __getitem__(self, step):
-        """Moments float16 [b, refs, 2 C, h, w] and labels int64 [b]."""
+        """Moments, the VAE's mean and log-variance, float16 [b, refs, 2 C, h, w]; labels [b]."""
         indices = self.indices(step)
         rng = np.random.default_rng((self.seed, step, self.rank))
         flips = rng.integers(0, 2 if self.mirror else 1, indices.shape)
@@ -160,15 +172,16 @@ def read_chains(path, cache, images, refs):
 
 # -------------------------------------------------------------------------------- one step
 def learning_rate(step, steps, lr, warmup, cooldown):
-    """Linear warm-up over the first `warmup` part of the run and (not in the paper) linear decay
-    over the last `cooldown`."""
+    """Linear warm-up over the first `warmup` part of the run, linear decay over the last
+    `cooldown`; the paper mentions neither."""
     rise = (step + 1) / max(1, warmup * steps)
     fall = (steps - step) / max(1, cooldown * steps)
     return lr * min(1.0, rise, fall)
 
 
 def make_optimizer(model, lr):
-    """AdamW; as in the release, no weight decay in the decoder, nor on biases and norms."""
+    """AdamW; as in the release, no weight decay in the decoder, nor on biases and norms. The paper
+    says 0.02 and no more."""
     decayed = []
     others = []
     for name, p in model.named_parameters():
@@ -188,7 +201,7 @@ def update_ema(ema, model, decay):
 def train(args, last=None, init=None, model_class=TransDiff):
     """Train a model.
 
-    args         the flags, as `parse` returns them
+    args         the flags, as `parse` returns them: --data is a latent cache
     last         contents of last.pt, of a run to resume
     init         Checkpoint whose weights to start from
     model_class  called with a Config
@@ -196,22 +209,21 @@ def train(args, last=None, init=None, model_class=TransDiff):
     # -------- latents, and chains of them
     cache = LatentCache(args.data)
     device = pick_device(args.device)
+    on_gpu = device.type == "cuda"
     amp = autocast(device, args.dtype)
     out = Path(args.out)
-    # cuDNN's attention may round the dropout rate and give NaN gradients under a mask.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    images, other_images = split(cache.labels, args.holdout)
-    refs = args.refs
+    train_images, test_images = split(cache.labels, args.holdout)
+    refs = args.refs  # images to read for a chain
     listed = None
     if args.chains == "scales":
-        refs = 1  # `growing_scales` makes a chain of it
+        refs = 1  # `growing_scales` makes a chain of one image
     elif args.chains != "images":
-        listed = read_chains(args.chains, cache, images, refs)
+        listed = read_chains(args.chains, cache, train_images, refs)
     chains = Chains(
-        cache, images, refs, args.batch_size, args.seed, args.mirror, RANK, WORLD, listed
+        cache, train_images, refs, args.batch_size, args.seed, args.mirror, RANK, WORLD, listed
     )
-    # The held-out loss is of random chains, also where those to train on are listed.
-    held_out = Chains(cache, other_images, refs, 512 // args.refs, 0, args.mirror)
+    # Held-out chains are random even if --chains lists those to train on.
+    held_out = Chains(cache, test_images, refs, 512 // args.refs, 0, args.mirror)
     if not chains.chains_per_epoch:
         raise UserError(
             f"--data {args.data}: no class has {refs} images to train on (--holdout {args.holdout})"
@@ -224,9 +236,6 @@ def train(args, last=None, init=None, model_class=TransDiff):
     steps = args.steps or math.ceil(args.epochs * steps_per_epoch)
 
     # -------- model, EMA, optimizer: new, from --init, or as last.pt has them
-    if WORLD > 1:  # after encoding, which may take longer than the group's time-out
-        # PyTorch's CUDA build would pick NCCL for a CPU too.
-        dist.init_process_group(None if device.type == "cuda" else "gloo")
     channels, latent_size, _ = cache.latent_shape
     config = dataclasses.replace(
         SIZES[args.size],
@@ -245,14 +254,14 @@ def train(args, last=None, init=None, model_class=TransDiff):
     if init:
         warm_start(model, init, cache.classes)
     model.to(device).requires_grad_(not args.only_decoder)
-    model.decoder.requires_grad_()
+    model.decoder.requires_grad_()  # trained in any case
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, args.lr)
     first_step = 0
     log = []
     if last:
-        if not cache.info.items() <= last.items():
-            raise UserError(f"{out}/last.pt is of other images than {cache.path} has")
+        if not cache.info.items() <= last.items():  # an entry differs
+            raise UserError(f"{out}/last.pt was trained on other images than {cache.path} has")
         model.load_state_dict(last["model"])
         ema.load_state_dict(last["model_ema"])
         optimizer.load_state_dict(last["optimizer"])
@@ -261,12 +270,19 @@ def train(args, last=None, init=None, model_class=TransDiff):
     if steps < first_step:
         raise UserError(f"--steps {steps}: this run has done {first_step} already")
 
-    # -------- micro-batches: what the memory of a GPU needs
+    # -------- micro-batches: as many as the memory needs
     num_params = sum(p.numel() for p in model.parameters())
-    accumulate = args.accumulate or 1
-    if device.type == "cuda" and not args.accumulate:
+    accumulate = args.accumulate
+    if not accumulate:
         chain_bytes = memory_per_chain(config, args.batch_mul, args.only_decoder)
-        memory = torch.cuda.get_device_properties(device).total_memory
+        memory = memory_of(device)
+        if 30 * num_params + chain_bytes > memory:
+            raise UserError(
+                f"--size {args.size}: chains of {args.refs} need "
+                f"{(30 * num_params + chain_bytes) / 1e9:.0f} GB of memory, {device} has "
+                f"{memory / 1e9:.0f}; a smaller --size, fewer --refs or smaller images fit; "
+                "--accumulate N starts all the same"
+            )
         accumulate = micro_batches_needed(args.batch_size, chain_bytes, num_params, memory)
     if args.batch_size % (WORLD * accumulate):
         raise UserError(
@@ -274,7 +290,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
             f"--accumulate {accumulate}"
         )
 
-    # -------- what every checkpoint of the run has
+    # -------- stored in every checkpoint
     info = dict(
         cache.info,
         config=dataclasses.asdict(config),
@@ -282,12 +298,14 @@ def train(args, last=None, init=None, model_class=TransDiff):
         chains=args.chains,
         empty=chains.empty.tolist(),
     )
-    here = "out resume init vae device compile workers".split()
-    flags = {k: v for k, v in vars(args).items() if k not in here}
+    not_saved = "out resume init vae device compile workers".split()
+    flags = {k: v for k, v in vars(args).items() if k not in not_saved}
     if RANK == 0:
-        held = lock(out)  # until this function returns
-        vae = (cache.path / "vae.pt").read_bytes()  # beside ema.pt, for sample.py
-        atomic_write(out / "vae.pt", lambda f: f.write(vae))
+        lock_file = lock(out)  # noqa: F841 - until this function returns
+        vae_bytes = (cache.path / "vae.pt").read_bytes()  # beside ema.pt, for sample.py
+        atomic_write(out / "vae.pt", lambda f: f.write(vae_bytes))
+
+    micro_batch = args.batch_size // (WORLD * accumulate)
 
     say(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {device.type}")
     say(
@@ -306,16 +324,24 @@ def train(args, last=None, init=None, model_class=TransDiff):
         batch_size=None,  # an item is a batch
         sampler=range(first_step, steps),
         num_workers=args.workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=on_gpu,
     )
-    batches = iter(batches)  # workers must fork before DDP starts NCCL
+    batches = iter(batches)  # workers have to fork before NCCL starts
+    if WORLD > 1:  # the time-out: rank 0 may draw, or write a large checkpoint
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=datetime.timedelta(minutes=30),
+            device_id=device if on_gpu else None,
+        )
     forward = parallelize(model, args.compile)
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=RANK > 0)
     losses = []  # since the last row of the log
     started = saved = time.time()
+    save_seconds = 0.0  # that the last checkpoint took
 
     for step, (moments, labels) in enumerate(batches, first_step):
-        # Seeds the posterior, dropped labels, t, noise, dropout: a resumed run draws the same.
+        # Of the posterior, dropped labels, t, noise, dropout. A run resumed with as many processes
+        # and micro-batches draws the same.
         torch.manual_seed(derive_seed(args.seed, step, RANK))
         lr = learning_rate(step, steps, args.lr, args.warmup, args.cooldown)
         for group in optimizer.param_groups:
@@ -323,7 +349,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
         micro_batches = zip(moments.chunk(accumulate), labels.chunk(accumulate))
         mean_loss = 0.0
         for i, (m, y) in enumerate(micro_batches):
-            # DDP: add up the gradients of all processes once per step.
+            # DDP averages the gradients of the processes: once per step, with the last part.
             forward.require_backward_grad_sync = i == accumulate - 1
             latents = cache.latents(m, device, args.chains)
             y = y.to(device, non_blocking=True)
@@ -339,7 +365,8 @@ def train(args, last=None, init=None, model_class=TransDiff):
             )
         optimizer.step()
         optimizer.zero_grad()
-        # EMA warm-up, anew in each stage; the release's decay is constant.
+        # EMA warm-up, anew in each stage: a decay of 0.99 is reached at step 890, 0.998 at 4,490.
+        # The release's decay is constant.
         update_ema(ema, model, min(args.ema, (1 + step) / (10 + step)))
         if RANK > 0:
             continue
@@ -355,7 +382,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
             memory = torch.cuda.max_memory_allocated() / 1e9  # 0 without a GPU
             holdout = math.nan
             if draw and held_out.chains_per_epoch:
-                holdout = holdout_loss(ema, held_out, args.chains, args.t, amp, device)
+                holdout = holdout_loss(ema, held_out, args.chains, args.t, micro_batch, amp, device)
             row = [done, done / steps_per_epoch, loss, grad_norm.item(), lr]
             row += [images_per_second, memory, holdout]
             log.append(",".join(f"{x:.7g}" for x in row).replace("nan", ""))
@@ -366,11 +393,13 @@ def train(args, last=None, init=None, model_class=TransDiff):
             )
             losses.clear()
         keep = is_due(args.keep_every, done, steps)
-        late = time.time() - saved > 15 * 60
+        late = time.time() - saved > max(15 * 60, 20 * save_seconds)
         if late or keep or is_due(args.save_every, done, steps):
+            saved = time.time()
             save(out, dict(info, step=done), model, ema, optimizer, flags, log)
             if keep:
                 shutil.copy(out / "ema.pt", out / f"ema-{done:07d}.pt")
+            save_seconds = time.time() - saved
             saved = time.time()
         if draw:
             draw_samples(ema, out, done, chains.empty, args.seed, amp, device)
@@ -438,9 +467,9 @@ def memory_per_chain(config, batch_mul, only_decoder=False):
 
 
 def micro_batches_needed(batch_size, chain_bytes, num_params, memory):
-    """Micro-batches per step: activations fill at most half of what weights leave of the GPU.
+    """Micro-batches per step: activations may fill half of the memory that weights leave free.
 
-    memory  bytes of the GPU; 30 bytes per parameter hold weights, gradients, AdamW, EMA, buffers
+    memory  bytes of the device; 30 per parameter hold weights, gradients, AdamW, EMA, buffers
     """
     local_batch = -(-batch_size // WORLD)
     fitting = (memory - 30 * num_params) / 2 / chain_bytes
@@ -457,13 +486,22 @@ def is_due(every, step, steps):
 
 
 @torch.no_grad()
-def holdout_loss(ema, held_out, chains, t, amp, device):
-    """Loss of the EMA weights on about 512 held-out images, always with the same draws."""
+def holdout_loss(ema, held_out, chains, t_distribution, micro_batch, amp, device):
+    """Loss of the EMA weights on about 512 held-out images, always with the same images and draws.
+
+    micro_batch  chains at once: as many as in training
+    """
     torch.manual_seed(0)
     moments, labels = held_out[0]
     latents = held_out.cache.latents(moments, device, chains)
-    with amp:
-        return ema.loss(latents, labels.to(device), t_distribution=t).item()
+    t = draw_t(latents.shape[:2], t_distribution, device)
+    noise = torch.randn_like(latents)
+    total = 0.0
+    parts = (x.split(micro_batch) for x in (latents, labels.to(device), t, noise))
+    for x, y, t, eps in zip(*parts):
+        with amp:
+            total += len(y) * ema.loss(x, y, t, eps)
+    return total.item() / len(labels)
 
 
 def save(out, info, model, ema, optimizer, flags, log):
@@ -561,38 +599,40 @@ def training_parser(doc, out):
     return parser
 
 
-# A resumed run keeps these: with others it would be another run.
+# Fixed on --resume: changing them would make it a different run.
 FIXED = "size refs chains seed batch_size holdout mirror only_decoder".split()
 
 
 def parse(parser):
     """(flags, contents of the last.pt of --resume, Checkpoint of --init).
 
-    A flag has the value that was typed, else that of the resumed run, else, of the images and how
-    they are used, that of --init, else that of the recipe. --data becomes a latent cache.
+    Precedence of a flag: typed; the resumed run; --init (size, data, holdout, mirror); the recipe.
+    --data becomes a latent cache: images are encoded first.
     """
-    typed = parser.parse_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    last_path = Path(typed.out, "last.pt")
-    last = load_file(last_path) if typed.resume else None
+    # For the flags that decide the defaults. Without -h: the second pass shows them.
+    first = parser.parse_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
+    last_path = Path(first.out, "last.pt")
+    last = load_file(last_path) if first.resume else None
     init = None
     known = {"size": "XS"}
     if last:
         known = last["args"]
-    elif typed.init and os.path.exists(typed.init):
-        init = read_checkpoint(checkpoint_path(typed.init, "last.pt"))
+    elif first.init and os.path.exists(first.init):
+        init = read_checkpoint(checkpoint_path(first.init, "last.pt"))
         sizes = {config.width: name for name, config in SIZES.items()}
         known = {"size": sizes.get(init.config.width, "XS"), **init.entries.get("args", {})}
         known = {k: known[k] for k in ("size", "data", "holdout", "mirror") if k in known}
 
-    size = typed.size or known["size"]
-    stage = "only decoder" if typed.only_decoder else "MRAR" if typed.refs > 1 else "1-step"
-    device = pick_device(typed.device)
+    size = first.size or known["size"]
+    stage = "only decoder" if first.only_decoder else "MRAR" if first.refs > 1 else "1-step"
+    device = pick_device(first.device)
     on_gpu = device.type == "cuda"
     parser.set_defaults(**RECIPES[f"XS {stage}" if size == "XS" else stage])
     parser.set_defaults(data=DEMO_DATA if size == "XS" else "latents")
-    parser.set_defaults(dtype=pick_dtype(None, device), compile=on_gpu, workers=4 * on_gpu)
+    dtype = pick_dtype(None, device, SIZES[size].width)
+    parser.set_defaults(dtype=dtype, compile=on_gpu, workers=4 if on_gpu else 0)
     parser.set_defaults(**known)
-    if typed.epochs:
+    if first.epochs:
         parser.set_defaults(steps=None)
     args = parser.parse_args()
 
@@ -601,7 +641,7 @@ def parse(parser):
             new = getattr(args, name, None)
             if name == "data" or new in (None, old):  # `train` compares the images
                 continue
-            change = f"{name} {old} there, {new} here"
+            change = f"{name} was {old}, now {new}"
             if name in FIXED:
                 raise UserError(f"{last_path} is of another run: {change}")
             say(f"{args.out}: {change}; the rest of the run follows the new value")
@@ -621,7 +661,9 @@ def parse(parser):
 def main(model_class=TransDiff):
     parser = training_parser(__doc__, "runs/train")
     parser.add_argument("--init", help="checkpoint or run whose EMA weights to start from")
-    parser.add_argument("--only-decoder", action="store_true", help="the 512 px recipe")
+    parser.add_argument(
+        "--only-decoder", action="store_true", help="keep the AR Transformer: the 512 px recipe"
+    )
     parser.set_defaults(refs=1, chains="images")
     train(*parse(parser), model_class)
 

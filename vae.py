@@ -13,6 +13,7 @@ Under torchrun each process encodes a part of the images. A killed command resum
 import fnmatch
 import functools
 import json
+import math
 import os
 import shutil
 import time
@@ -425,7 +426,7 @@ class ImageArray(Dataset):
     def __getitem__(self, i):
         if self.size:
             return center_crop(Image.fromarray(self.images[i]), self.size)
-        return self.images[i]
+        return np.array(self.images[i])
 
 
 def open_images(path, size=None, labelled=True, skip_bad=False):
@@ -497,11 +498,12 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
         scale=vae.scale,
         info=dict(classes=images.classes, vae_digest=vae.digest, images=images_digest(images)),
     )
-    held = start_parts(out, record)  # noqa: F841
+    lock_file = start_parts(out, record)  # noqa: F841 - until this function returns
+    batch_size = max(1, min(32, 32 * 256**2 // math.prod(images.shape)))  # 6 GB
     paths = part_paths(out, -(-len(images) // PART))
     for i in tqdm(missing_parts(paths), unit="part", desc=f"encoding to {out}", disable=RANK > 0):
         part = Subset(images, range(i * PART, min(len(images), (i + 1) * PART)))
-        loader = DataLoader(part, 32, num_workers=workers, collate_fn=np.stack)
+        loader = DataLoader(part, batch_size, num_workers=workers, collate_fn=np.stack)
         moments = np.concatenate([encode_moments(vae, batch, device) for batch in loader])
         atomic_write(paths[i], lambda f: np.save(f, moments))
     complete = out / "cache.json"
@@ -509,7 +511,7 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
         return wait_until(complete.exists)
 
     wait_until(lambda: all(path.exists() for path in paths))
-    readable = np.concatenate([np.isfinite(open_part(path)[:, 0, 0, 0, 0]) for path in paths])
+    readable = np.concatenate([np.isfinite(np.load(path)[:, 0, 0, 0, 0]) for path in paths])
     for i in np.flatnonzero(~readable):
         print(f"left out, not readable: {images.names[i]!r}")  # !r: a name may not be UTF-8
     if not readable.any():
@@ -548,12 +550,6 @@ def show_reconstructions(originals, vae, path, device):
     return np.abs(originals / 127.5 - decoded / 127.5).mean()
 
 
-@functools.lru_cache(maxsize=256)  # each is an open file, of which a process may have 1,024
-def open_part(path):
-    with user_file(path, "latent cache"):
-        return np.load(path, mmap_mode="r")
-
-
 def growing_scales(latents):
     """Chains of scale AR (Table 4): one image at 1/8, 1/4, 1/2 and all of its resolution.
 
@@ -586,15 +582,38 @@ class LatentCache:
             self.info = record["info"]  # a checkpoint records it: classes, vae_digest, images
             self.classes = self.info["classes"]
             self.labels = np.load(self.path / "labels.npy")
+            self.row_shape = (channels, *side)
             self.parts = part_paths(self.path, -(-num_images // PART))
             for part in self.parts:
                 part.stat()
+        self.files = {}  # number of a part -> (open file, position of its first row)
+
+    def __getstate__(self):  # workers that are not forked open their own files
+        return {**vars(self), "files": {}}
+
+    def open_part(self, number, row_bytes):
+        """(open file, position of its first row) of a part."""
+        if number not in self.files:
+            if len(self.files) == 200:  # some systems allow a process 256
+                self.files.clear()
+            file = open(self.parts[number], "rb", buffering=0)
+            rows = min(PART, len(self.labels) - number * PART)
+            start = os.fstat(file.fileno()).st_size - 2 * rows * row_bytes  # after NumPy's header
+            if not 0 < start < 4096:
+                raise UserError(f"{file.name}: not a usable latent cache, its size is wrong")
+            self.files[number] = file, start
+        return self.files[number]
 
     def moments(self, indices, flips):
         """float16 [..., 2 z, h, w] of the images `indices` [...]; flips [...]: 1 = mirrored."""
-        pairs = zip(indices.flat, flips.flat)
-        rows = [open_part(self.parts[i // PART])[i % PART, flip] for i, flip in pairs]
-        return np.stack(rows).reshape(*indices.shape, *rows[0].shape)
+        size = 2 * math.prod(self.row_shape)
+        rows = []
+        for i, flip in zip(indices.flat, flips.flat):
+            file, start = self.open_part(i // PART, size)
+            rows.append(os.pread(file.fileno(), size, start + (2 * (i % PART) + flip) * size))
+        return np.frombuffer(bytearray().join(rows), np.float16).reshape(
+            *indices.shape, *self.row_shape
+        )
 
     def latents(self, moments, device, chains="images"):
         """Latents [B, refs, C, H, W] on the device, drawn from a batch of moments; chains: the

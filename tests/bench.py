@@ -1,10 +1,11 @@
 """Images per second in training and sampling, beside a plain eager version of the same mathematics.
 
     python tests/bench.py                       size B on a CPU, in minutes
-    python tests/bench.py --size L --batch-size 64 --sample-batch-size 64 --steps 100    on a GPU
+    python tests/bench.py --size L --batch-size 16 --sample-batch-size 64 --steps 100    on a GPU
+                                                of 80 GB: it holds two optimisers
     python tests/bench.py --only memory         memory that training needs, by count
     python tests/bench.py --only attention      attention kernels of training
-    python tests/bench.py --only loader         latents per second of synthetic caches
+    python tests/bench.py --only loader         latents per second of synthetic caches, cold and warm
 
 Our version and the plain one take turns in one process, on the same weights and inputs. A ratio is
 of two neighbouring runs; its median and range are over the rounds.
@@ -26,6 +27,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import os
 import re
 import statistics
 import sys
@@ -159,7 +161,9 @@ def training(model, args, device, dtype):
         model.parameters(), 1e-6, betas=(0.9, 0.95), foreach=False, fused=False
     )
     # The same weights in other modules: compiled ones, if any.
-    forward = parallelize(copy.deepcopy(model, {id(p): p for p in model.parameters()}), args.compile)
+    forward = parallelize(
+        copy.deepcopy(model, {id(p): p for p in model.parameters()}), args.compile
+    )
 
     def step(loss, optimizer, update):
         with autocast(device, dtype):
@@ -198,8 +202,6 @@ def sampling(model, args, device, dtype):
 
     with FlopCounterMode(display=False) as counter:
         fast()
-    if args.compile:  # as sample.py does
-        cast.decoder = torch.compile(cast.decoder)
     return fast, plain, counter.get_total_flops(), args.sample_batch_size
 
 
@@ -319,21 +321,30 @@ def write_random_cache(folder, n, shape):
     write_json(folder / "cache.json", record)
 
 
-def loading_rate(chains, workers):
+def forget(folder):
+    """Drop the files of a folder from the system's memory (Linux)."""
+    for path in Path(folder).iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def loading_rate(chains, workers, steps):
     """Latents per second of train.py's loader."""
-    batches = iter(DataLoader(chains, None, sampler=range(204), num_workers=workers))
+    batches = iter(DataLoader(chains, None, sampler=steps, num_workers=workers))
     for _ in range(4):
         next(batches)
     start = time.perf_counter()
     for _ in batches:
         pass
-    return 200 * chains.batch_size / (time.perf_counter() - start)
+    return (len(steps) - 4) * chains.batch_size / (time.perf_counter() - start)
 
 
 def count_loading():
-    """Print the rates with no worker and with two, of caches of random numbers."""
-    row = "{:26}{:>12}{:>12}{:>12}{:>14}"
-    print(row.format("", "start-up s", "latents/s", "2 workers", "MB of memory"))
+    """Print the rates of caches of random numbers: read from the disk, from memory with no worker
+    and with two."""
+    row = "{:26}{:>12}{:>12}{:>12}{:>12}{:>14}"
+    print(row.format("", "start-up s", "cold", "warm", "2 workers", "MB of memory"))
     xs = (2, 16, 8, 8)
     kl16 = (2, 32, 16, 16)
     for name, n, shape in (
@@ -347,7 +358,10 @@ def count_loading():
             chains = Chains(LatentCache(folder), np.arange(n), refs=1, batch_size=256, seed=0)
             chains[0]
             startup = time.perf_counter() - start
-            rates = [f"{loading_rate(chains, workers):,.0f}" for workers in (0, 2)]
+            forget(folder)
+            cold = loading_rate(chains, 0, range(14))
+            rates = [cold, *(loading_rate(chains, workers, range(204)) for workers in (0, 2))]
+            rates = [f"{rate:,.0f}" for rate in rates]
             megabytes = 1000 * (process_memory("RssAnon") or 0)  # the system may take pages back
             print(row.format(name, f"{startup:.2f}", *rates, f"{megabytes:,.0f}"), flush=True)
 
@@ -437,7 +451,7 @@ def main():
         return count_memory([args.size] if args.size else ["B", "L", "H"])
     args.size = args.size or "B"
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    dtype = pick_dtype(args.dtype, device, SIZES[args.size].width)
     if args.only == "attention":
         return check_attention(args.size, device, dtype)
     if args.compile is None:
