@@ -47,7 +47,8 @@ def chain_features(model, labels, seed):
 
 def measure(model, seeds, device):
     """Mean over classes and seeds of Eq. 15, and of the release's mean of all of S."""
-    classes = torch.arange(model.config.num_classes, device=device)
+    trained = [k for k in range(model.config.num_classes) if k not in model.info["empty"]]
+    classes = torch.tensor(trained, device=device)
     ours = []
     released = []
     for seed in range(seeds):

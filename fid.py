@@ -107,19 +107,21 @@ def precision_recall(samples, reference, k=3):
 
 
 # -------------------------------------------------------------------------------- features
-def load_net(path, device):
-    """Network of a TorchScript file that is called like NVIDIA's Inception.
+def load_net(path, shape, device):
+    """(network of a TorchScript file that is called like NVIDIA's Inception, its D).
 
     net(x, return_features=True)  features [N, D] of images x uint8 [N, 3, H, W]
     net(x, no_output_bias=True)   class probabilities [N, K]
+    shape                         (H, W) of the images to measure
     """
-    with user_file(path, "TorchScript feature network"):
+    with user_file(path, "TorchScript feature network"), torch.inference_mode():
         net = torch.jit.load(str(path), map_location=device).eval()
-        with torch.inference_mode():
-            image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device)
-            net(image, no_output_bias=True)
-            net(image, return_features=True)
-    return net
+        image = torch.zeros(1, 3, *shape, dtype=torch.uint8, device=device)
+        features = net(image, return_features=True)
+        total = net(image, no_output_bias=True).sum()
+        if not features.isfinite().all() or abs(total - 1) > 1e-2:
+            raise ValueError(f"of a black image it gives NaN, or probabilities of sum {total:.3g}")
+    return net, features.shape[1]
 
 
 @torch.inference_mode()
@@ -129,17 +131,20 @@ def extract(net, images, workers, device, keep):
     features = []
     probs = []
     total = outer = 0.0
-    loader = DataLoader(images, 64, num_workers=workers)
+    # Arrays, unlike tensors, travel without shared memory.
+    loader = DataLoader(images, 64, num_workers=workers, collate_fn=np.stack)
     # TorchScript would spend its first calls on profiling itself.
     with torch.jit.optimized_execution(False):
         for x in tqdm(loader, unit="batch", desc=f"features of {images.path}"):
-            x = x.permute(0, 3, 1, 2).contiguous().to(device)
+            x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device)
             f = net(x, return_features=True).float().cpu()
             total += f.double().sum(0)
             outer += f.double().T @ f.double()
             if keep:
                 features.append(f)
             probs.append(net(x, no_output_bias=True).float().cpu())
+    if not torch.isfinite(outer).all():
+        raise UserError(f"{images.path}: the network gives features that are not finite")
     features = torch.cat(features) if keep else None
     return torch.cat(probs), features, mean_and_covariance(len(images), total, outer)
 
@@ -156,12 +161,14 @@ def main():
     add("--image-size", type=bounded(int, 1), help="crop all images to N x N pixels")
     add("--workers", type=bounded(int, 0), default=0, help="processes to read images (default: 0)")
     args = parser.parse_args()
+    if args.save_stats and not args.save_stats.endswith(".npz"):
+        raise UserError(f"--save-stats {args.save_stats}: must end in .npz, for --ref to read it")
     device = pick_device(args.device)
 
     # -------- samples and network
     samples = open_images(args.samples, args.image_size, labelled=False)
     path = args.net or fetch(INCEPTION, "inception-2015-12-05.pt")
-    net = load_net(path, device)
+    net, width = load_net(path, samples.shape, device)
     network = sha256_prefix(Path(path).read_bytes())
     made_with = f"network {network} and images of {samples.shape} px"
 
@@ -177,6 +184,10 @@ def main():
                 theirs = str(data.get("network", unnamed))
                 if not {"arr_0", "images"} & set(data):
                     reference = None
+    if stats and (stats[0].shape != (width,) or stats[1].shape != (width, width)):
+        raise UserError(f"--ref {args.ref}: statistics of other than {width} features")
+    if stats and not all(x.isfinite().all() for x in stats):
+        raise UserError(f"--ref {args.ref}: mu and sigma are not finite")
     if stats and theirs != made_with:
         raise UserError(
             f"--ref {args.ref}: statistics of {theirs}, not of {made_with}; make them again: "

@@ -265,7 +265,7 @@ class ARTransformer(nn.Module):
         mask_tokens = self.mask_tokens.expand(len(labels), config.tokens_per_image, -1)
         inputs = [class_tokens, mask_tokens]  # Eq. 9: [C, Mask]
         if references is not None and references.shape[1]:
-            patches = patchify(references, config.patch)
+            patches = patchify(references.to(self.positions.dtype), config.patch)
             inputs.append(self.reference_proj(patches))  # Eq. 11: [C, Mask, x_0, x_1, ...]
         x = torch.cat(inputs, dim=1)
         S = x.shape[1]
@@ -359,9 +359,10 @@ class DiT(nn.Module):
         cross_mask   bool [refs, K], M a multiple of refs; None: every image attends to all of c
         Returns [B, M, C, H, W].
         """
-        temb = self.time_mlp(timestep_embedding(t.flatten()))  # [B M, D]
+        dtype = self.positions.dtype
+        temb = self.time_mlp(timestep_embedding(t.flatten()).to(dtype))  # [B M, D]
         modulation = self.modulation(F.silu(temb)).unflatten(1, (6, -1))
-        tokens = x.flatten(0, 1).flatten(2).transpose(1, 2)  # [B M, N, C]
+        tokens = x.to(dtype).flatten(0, 1).flatten(2).transpose(1, 2)  # [B M, N, C]
         h = self.input_proj(tokens) + self.positions  # [B M, N, D]
         mask = None
         if cross_mask is not None:
@@ -641,11 +642,13 @@ class TransDiff(nn.Module):
         chain = references
         if chain is None:  # no images yet
             chain = torch.empty(len(labels), 0, *config.latent_shape, device=labels.device)
-        if not chain.shape[1] <= refs <= config.refs:
+        if not 0 <= refs <= config.refs:
             raise UserError(
-                f"refs {refs}: this model draws chains of 1 to {config.refs} images, and has "
-                f"{chain.shape[1]} references here; finetune_mrar.py trains longer chains"
+                f"refs {refs}: this model draws chains of 1 to {config.refs} images; "
+                "finetune_mrar.py trains one for longer chains"
             )
+        if 0 < refs <= chain.shape[1] or s.steps < 1:
+            raise UserError(f"{chain.shape[1]} references, refs {refs}, steps {s.steps}: no image")
         if len(cfgs) != refs:
             raise UserError(f"cfg {cfgs}: give one number, or one for each of {refs} images")
         if not 0 <= labels.min() <= labels.max() < config.num_classes:
@@ -691,14 +694,14 @@ RELEASED_NAMES = (  # prefixes of the released files' names -> ours; the first m
 
 
 def load_file(path):
-    """Contents of a checkpoint on the CPU, memory-mapped; weights only: no code in it is run."""
+    """Contents of a checkpoint on the CPU; weights only: no code in it is run."""
     with user_file(path, "checkpoint"):
         zipped = zipfile.is_zipfile(path)
         # torch.load does not compare the checksums.
         if zipped and RANK == 0 and zipfile.ZipFile(path).testzip():
             raise ValueError("damaged: a checksum is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the released files
-            ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(ckpt, dict):
             raise ValueError(f"it holds a {type(ckpt).__name__}, not a dict of weights")
         return ckpt
@@ -820,10 +823,20 @@ def run_main(main, interrupted="", out_of_memory=""):
 
     interrupted, out_of_memory  remedies to add to these two lines
     """
+    # No terminal, or one of few letters: what is said never stops what is done.
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     # An exit, unlike a kill, ends the processes that read data too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = 2
     try:
+        if WORLD > 1 and not {"RANK", "MASTER_ADDR"} <= set(os.environ):
+            raise UserError(
+                "WORLD_SIZE is set, RANK or MASTER_ADDR is not: use torchrun, or unset it"
+            )
         return main()
     except KeyboardInterrupt:
         line = "interrupted" + interrupted
@@ -835,24 +848,32 @@ def run_main(main, interrupted="", out_of_memory=""):
     except (torch.OutOfMemoryError, MemoryError):
         line = "out of memory" + out_of_memory
     except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
+        if "DataLoader worker" in str(e):
+            line = "a process that reads data died (out of memory?); lower --workers"
+        elif "allocate memory" in str(e):  # of a CPU
+            line = "out of memory" + out_of_memory
+        else:
             raise
-        line = "a process that reads data died (out of memory?); lower --workers"
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(status)
 
 
 def atomic_write(path, write):
-    """Call write(file) on a new file that replaces `path` only once it is complete."""
-    path = Path(path)
+    """Call write(file) on a new file that replaces `path` only once it is complete.
+
+    A link keeps its place, its target is replaced. A pipe or device is written to.
+    """
+    path = Path(os.path.realpath(path))
+    special = path.exists() and not path.is_file()
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "wb") as f:
+        with open(path if special else tmp, "wb") as f:
             write(f)
             f.flush()
-            os.fsync(f.fileno())
-        tmp.replace(path)
+            if not special:
+                os.fsync(f.fileno())
+                tmp.replace(path)
     except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
         reason = str(e).splitlines()[0]
         raise OSError(f"{path}: could not be written ({reason})") from e
@@ -882,10 +903,17 @@ def lock(folder):
     return file
 
 
-def wait_until(condition):
-    """Wait for other processes, until condition() is true."""
+def wait_until(condition, what):
+    """Wait for other processes, until condition() is true; say for what, and end with torchrun."""
+    start = time.monotonic()
+    parent = os.getppid()
     while not condition():
         time.sleep(0.2)
+        if os.getppid() != parent:
+            raise UserError(f"torchrun ended while this process waited for {what}")
+        if time.monotonic() > start + 10:
+            print(f"process {RANK} waits for {what}", file=sys.stderr)
+            start = math.inf
 
 
 def start_parts(folder, settings):
@@ -905,7 +933,7 @@ def start_parts(folder, settings):
                 f"{folder}: is of other inputs or settings; give another --out, or remove it"
             )
     # Rank 0 may not have written it yet, or will refuse it.
-    wait_until(lambda: path.exists() and path.read_text() == text)
+    wait_until(lambda: path.exists() and path.read_text() == text, f"process 0 to write {path}")
     return held
 
 
@@ -922,7 +950,7 @@ def fetch(url, name):
     """Path of a file in torch's hub folder; the first process of each machine downloads it."""
     path = Path(torch.hub.get_dir(), "transdiff", name)
     if LOCAL_RANK > 0:
-        wait_until(path.exists)
+        wait_until(path.exists, path)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -980,7 +1008,7 @@ def sha256_prefix(data):
 
 def derive_seed(*numbers):
     """One seed, below 2^63, from several integers >= 0."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def per_image_noise(seed, indices):

@@ -20,6 +20,7 @@ from vae import DEMO_VAE, latents_to_images, load_vae, save_grid
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 
@@ -68,28 +69,39 @@ def parse():
     released = "B L H B-mrar L-mrar H-mrar L-512".split()
     weights.add_argument("--pretrained", choices=released, help="the authors' weights and VAE")
     add("--vae", help="VAE of the model (default: vae.pt beside it, else the bundled one)")
-    add("--out", help="F.png, or F.npz: arr_0 images, arr_1 labels (default: runs/samples.*)")
+    add(
+        "--out",
+        help="F.png; F.npz: arr_0 images, arr_1 labels; or FOLDER/: CLASS/NUMBER.png "
+        "(default: runs/samples.*)",
+    )
     add("--batch-size", type=count, default=64, help="images drawn at once (default: 64)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where it is fast)")
     return parser.parse_args()
+
+
+def write_pngs(folder, paths, labels, names):
+    """FOLDER/CLASS/NUMBER.png of each image."""
+    images = (image for path in paths for image in np.load(path))
+    for i, (image, label) in enumerate(zip(images, labels)):
+        path = folder / names[label].replace("/", "_") / f"{i:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
 
 
 def main():
     args = parse()
     device = pick_device(args.device)
 
-    # -------- the result: a picture or a set
-    suffixes = [".png", ".npz"]
-    if args.num or WORLD > 1:
-        suffixes = [".npz"]
-    if args.show_chain:
-        suffixes.remove(".npz")
-    if not suffixes:
+    # -------- the result: a picture or a set, which is an .npz or a folder
+    must_be_set = args.num or WORLD > 1
+    text = args.out or ("runs/samples.npz" if must_be_set else "runs/samples.png")
+    out = Path(text)
+    is_set = out.suffix == ".npz" or text.endswith("/")
+    if args.show_chain and (must_be_set or is_set):
         raise UserError("--show-chain: draws a picture; run it without torchrun and --num")
-    out = Path(args.out or "runs/samples" + suffixes[0])
-    if out.suffix not in suffixes:
-        raise UserError(f"--out {out}: must end in {' or '.join(suffixes)} here")
-    if RANK == 0 and out.suffix == ".npz" and out.exists():
+    if not is_set and (must_be_set or out.suffix != ".png"):
+        raise UserError(f"--out {text}: must end in .npz or /, or in .png for a picture")
+    if RANK == 0 and is_set and out.exists():
         raise UserError(f"--out {out}: is there already; remove it or give another")
 
     # -------- model and VAE
@@ -125,7 +137,7 @@ def main():
     # -------- draw, batch by batch
     batches = labels.split(args.batch_size)
     mine = range(len(batches))
-    if out.suffix == ".npz":
+    if is_set:
         # Each process draws every WORLD-th batch; an unfinished set is resumed, by any number of
         # them, unless something differs that changes the images.
         partial = Path(f"{out}.partial")
@@ -135,7 +147,7 @@ def main():
             return
         inputs = dict(
             labels=sha256_prefix(labels.cpu().numpy()),
-            weights=args.pretrained or path.stat().st_mtime_ns,
+            weights=sha256_prefix(path.read_bytes()),
             vae=vae.digest,
             sampling=vars(model.sampling),
             refs=refs,
@@ -153,7 +165,7 @@ def main():
         with torch.inference_mode(), autocast(device, dtype):
             chain = model.sample(batches[i], refs, noise_sampler=noise_sampler, on_step=bar.update)
             part = latents_to_images(vae, chain if args.show_chain else chain[:, -1])
-        if out.suffix == ".npz":
+        if is_set:
             atomic_write(paths[i], lambda f: np.save(f, part))
         else:
             images.append(part)
@@ -162,12 +174,17 @@ def main():
         return
 
     # -------- write
-    if out.suffix == ".npz":
-        wait_until(lambda: all(path.exists() for path in paths))
-        images = np.concatenate([np.load(path) for path in paths])
-        # ADM's format, and the names of the classes.
-        arrays = dict(arr_0=images, arr_1=labels.cpu().numpy(), classes=names)
-        atomic_write(out, lambda f: np.savez(f, **arrays))
+    labels = labels.cpu().numpy()
+    if is_set:
+        wait_until(lambda: all(path.exists() for path in paths), f"the other parts of {partial}")
+        if out.suffix == ".npz":
+            # ADM's format, and the names of the classes.
+            images = np.concatenate([np.load(path, mmap_mode="r") for path in paths])
+            arrays = dict(arr_0=images, arr_1=labels, classes=names)
+            atomic_write(out, lambda f: np.savez(f, **arrays))
+        else:
+            write_pngs(partial, paths, labels, names)
+            partial.rename(out)
         shutil.rmtree(partial, ignore_errors=True)  # NFS keeps the lock's file until the exit
     else:
         images = np.concatenate(images)

@@ -170,6 +170,12 @@ def read_chains(path, cache, images, refs):
     return np.array(chains)
 
 
+def to_numpy(item):
+    """Arrays travel from the workers through a pipe, tensors would through shared memory, of which
+    a container may have next to none."""
+    return [x.numpy() for x in item]
+
+
 # -------------------------------------------------------------------------------- one step
 def learning_rate(step, steps, lr, warmup, cooldown):
     """Linear warm-up over the first `warmup` part of the run, linear decay over the last
@@ -324,7 +330,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
         batch_size=None,  # an item is a batch
         sampler=range(first_step, steps),
         num_workers=args.workers,
-        pin_memory=on_gpu,
+        collate_fn=to_numpy,
     )
     batches = iter(batches)  # workers have to fork before NCCL starts
     if WORLD > 1:  # the time-out: rank 0 may draw, or write a large checkpoint
@@ -336,7 +342,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
     forward = parallelize(model, args.compile)
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=RANK > 0)
     losses = []  # since the last row of the log
-    started = saved = time.time()
+    started = saved = time.monotonic()
     save_seconds = 0.0  # that the last checkpoint took
 
     for step, (moments, labels) in enumerate(batches, first_step):
@@ -346,9 +352,10 @@ def train(args, last=None, init=None, model_class=TransDiff):
         lr = learning_rate(step, steps, args.lr, args.warmup, args.cooldown)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        micro_batches = zip(moments.chunk(accumulate), labels.chunk(accumulate))
+        moments = torch.from_numpy(moments).split(micro_batch)
+        labels = torch.from_numpy(labels).split(micro_batch)
         mean_loss = 0.0
-        for i, (m, y) in enumerate(micro_batches):
+        for i, (m, y) in enumerate(zip(moments, labels)):
             # DDP averages the gradients of the processes: once per step, with the last part.
             forward.require_backward_grad_sync = i == accumulate - 1
             latents = cache.latents(m, device, args.chains)
@@ -378,7 +385,9 @@ def train(args, last=None, init=None, model_class=TransDiff):
         draw = is_due(args.sample_every, done, steps)
         if draw or is_due(args.log_every, done, steps):
             loss = torch.stack(losses).mean().item()  # of rank 0
-            images_per_second = len(losses) * args.batch_size * args.refs / (time.time() - started)
+            images_per_second = (
+                len(losses) * args.batch_size * args.refs / (time.monotonic() - started)
+            )
             memory = torch.cuda.max_memory_allocated() / 1e9  # 0 without a GPU
             holdout = math.nan
             if draw and held_out.chains_per_epoch:
@@ -393,18 +402,18 @@ def train(args, last=None, init=None, model_class=TransDiff):
             )
             losses.clear()
         keep = is_due(args.keep_every, done, steps)
-        late = time.time() - saved > max(15 * 60, 20 * save_seconds)
+        late = time.monotonic() - saved > max(15 * 60, 20 * save_seconds)
         if late or keep or is_due(args.save_every, done, steps):
-            saved = time.time()
+            saved = time.monotonic()
             save(out, dict(info, step=done), model, ema, optimizer, flags, log)
             if keep:
                 shutil.copy(out / "ema.pt", out / f"ema-{done:07d}.pt")
-            save_seconds = time.time() - saved
-            saved = time.time()
+            save_seconds = time.monotonic() - saved
+            saved = time.monotonic()
         if draw:
             draw_samples(ema, out, done, chains.empty, args.seed, amp, device)
         if not losses:  # a row was written; saving and drawing do not count
-            started = time.time()
+            started = time.monotonic()
 
     bar.close()
     say(f"complete at step {steps}; to draw: python sample.py --ckpt {out}")
@@ -612,7 +621,11 @@ def parse(parser):
     # For the flags that decide the defaults. Without -h: the second pass shows them.
     first = parser.parse_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
     last_path = Path(first.out, "last.pt")
-    last = load_file(last_path) if first.resume else None
+    last = None
+    if first.resume and last_path.exists():
+        last = load_file(last_path)
+    elif first.resume:
+        say(f"--resume: there is no {last_path} yet: a new run")
     init = None
     known = {"size": "XS"}
     if last:

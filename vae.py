@@ -12,10 +12,10 @@ Under torchrun each process encodes a part of the images. A killed command resum
 
 import fnmatch
 import functools
+import hashlib
 import json
 import math
 import os
-import shutil
 import time
 import warnings
 from collections import Counter, OrderedDict
@@ -214,6 +214,8 @@ def load_vae(path, device="cpu", model=None):
     ckpt = load_file(path)
     with user_file(path, f"VAE, it has {shorten(list(ckpt))}"), torch.device("meta"):
         state = read_weights(ckpt, "model", "state_dict")
+        if any("down_blocks" in name for name in state):
+            raise ValueError("it has diffusers' names; give the file in LDM's names")
         # Without LDM's discriminator.
         state = {k: v for k, v in state.items() if not k.startswith("loss.")}
         vae = AutoencoderKL(**arch_from_shapes(state))
@@ -234,6 +236,8 @@ def latents_to_images(vae, latents):
     """Scaled latents [..., z, h, w], as TransDiff draws them -> uint8 images [..., H, W, 3]."""
     z = latents.float().flatten(0, -4) / vae.scale
     x = torch.cat([vae.decode(part) for part in z.split(16)])
+    if not x.isfinite().all():
+        raise UserError(f"{vae.path}, or the model: gives pixels that are not finite")
     images = to_uint8(x)
     return images.reshape(*latents.shape[:-3], *images.shape[1:])
 
@@ -289,59 +293,72 @@ def read_image(path):
         return image.convert("RGB")
 
 
+def crop(image, width, height):
+    """The middle of a PIL image."""
+    x = (image.width - width) // 2
+    y = (image.height - height) // 2
+    return image.crop((x, y, x + width, y + height))
+
+
 def center_crop(image, size):
     """PIL image -> uint8 [size, size, 3], as ADM crops (Dhariwal & Nichol 2021): halve by box
-    filter while twice too large, then bicubic, then the centre square."""
+    filter while twice too large, then bicubic, then the centre square. Of an image over 8 times as
+    long as wide only the middle is enlarged, which saves memory."""
+    longest = 8 * min(image.size)
+    image = crop(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * size:
         half = (image.width // 2, image.height // 2)
         image = image.resize(half, Image.Resampling.BOX)
     image = ImageOps.cover(image, (size, size), Image.Resampling.BICUBIC)
-    x = (image.width - size) // 2
-    y = (image.height - size) // 2
-    return np.array(image.crop((x, y, x + size, y + size)))
+    return np.array(crop(image, size, size))
 
 
-def walk(folder, parents=()):
-    """Paths of all files below a folder, sorted. Links are followed, loops and hidden names not."""
-    real = os.path.realpath(folder)
-    if real in parents:
-        return
+def walk(folder, left_out, parents=()):
+    """Paths of all images below a folder, sorted; counts in `left_out`, by reason, what is none.
+
+    Links are followed. A file that cannot be read is an image: its reader names it.
+    """
+    parents = (*parents, os.path.realpath(folder))
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        if name.startswith("."):
-            continue
-        if os.path.isdir(path):  # of a link to itself too: no error
-            yield from walk(path, (*parents, real))
-        elif os.path.isfile(path):
+        suffix = os.path.splitext(name)[1].lower()
+        if name.startswith((".", "@", "__MACOSX")):
+            left_out["hidden or of a system, as @eaDir"] += 1
+        elif os.path.realpath(path) in parents:
+            left_out["links to a folder above"] += 1
+        elif os.path.isdir(path):
+            yield from walk(path, left_out, parents)
+        elif suffix not in SUFFIXES:
+            left_out[f"not images by their suffix {suffix!r}"] += 1
+        else:
             yield path
 
 
 def read_folder(root, labelled):
     """(paths [N], labels [N], class names); labelled: the classes are the sorted subfolders."""
     folders = [root]
+    left_out = Counter()
     parents = ()
     if labelled:
+        entries = sorted(root.glob("[!.@]*"))
+        folders = [entry for entry in entries if entry.is_dir()]
+        left_out["images beside the class folders"] = sum(
+            entry.suffix.lower() in SUFFIXES for entry in entries if not entry.is_dir()
+        )
         parents = (os.path.realpath(root),)
-        folders = sorted(filter(Path.is_dir, root.glob("[!.]*")))
     paths = []
     labels = []
-    others = Counter()
     for label, folder in enumerate(folders):
-        images = []
-        for path in walk(folder, parents):
-            suffix = os.path.splitext(path)[1]
-            if suffix.lower() in SUFFIXES:
-                images.append(path)
-            else:
-                others[suffix] += 1
+        images = list(walk(folder, left_out, parents))
         if not images:
             raise UserError(f"{folder}: no images in this folder; remove it or fill it")
         paths += images
         labels += [label] * len(images)
     if not paths:
         raise UserError(f"{root}: no class folders; expected {root}/<class>/<image>")
-    if others:
-        say(f"{root}: left out, not images by their suffix: {dict(others)}")
+    left_out = [f"{count} {reason}" for reason, count in left_out.items() if count]
+    if left_out:
+        say(f"{root}: left out: {'; '.join(left_out)}")
     names = [folder.name.encode(errors="backslashreplace").decode() for folder in folders]
     return paths, np.array(labels), names
 
@@ -366,7 +383,7 @@ def read_npz(path, labelled):
         labels = labels.astype(np.int64)
         classes = arrays.get("classes", np.arange(labels.max() + 1)).reshape(-1)
         if labels.max() < len(classes):
-            return images, labels, list(map(str, classes))
+            return images, labels, classes.astype(str).tolist()
     if labelled:
         raise UserError(
             f"{path}: has {has}; expected labels (or arr_1), an integer from 0 for each image, and "
@@ -395,7 +412,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, i):
         try:
             image = read_image(self.files[i])
-        except UserError:
+        except (UserError, OSError):  # OSError: no permission, a link to nothing
             if self.skip_bad:
                 return np.full((*self.shape, 3), np.nan, np.float32)
             raise
@@ -449,9 +466,9 @@ def open_images(path, size=None, labelled=True, skip_bad=False):
 
 def images_digest(images):
     """Hash of the classes and of the path, size and time of change of each file."""
-    stats = [(os.path.relpath(file, images.path), os.stat(file)) for file in images.files]
-    contents = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return sha256_prefix(ascii((images.classes, contents)).encode())
+    stats = [os.stat(file) for file in images.files if os.path.exists(file)]
+    contents = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return sha256_prefix(ascii((images.classes, images.names, contents)).encode())
 
 
 def open_images_and_vae(data, vae_path, device, size=None):
@@ -474,7 +491,7 @@ def open_images_and_vae(data, vae_path, device, size=None):
 # DIR/names.json     CLASS/FILE of each image; of an .npz CLASS/NUMBER
 # DIR/labels.npy     int64 [N]; -1 where the image cannot be read
 # DIR/vae.pt         the VAE
-# DIR/cache.json     as settings.json; written last
+# DIR/cache.json     as settings.json, `images` being a hash of the latents; written last
 PART = 1024
 
 
@@ -483,7 +500,11 @@ def encode_moments(vae, images, device):
     """uint8 images [B, H, W, 3] -> float16 moments [B, 2, 2 z, h, w] of them and their mirrors."""
     x = from_uint8(images, device)
     views = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
-    return torch.stack(views, dim=1).half().cpu().numpy()
+    moments = torch.stack(views, dim=1).half()
+    sound = x.flatten(1).isfinite().all(1)  # an image that cannot be read is NaN
+    if not moments[sound].isfinite().all():
+        raise UserError(f"{vae.path}: this VAE gives latents that are not finite in float16")
+    return moments.cpu().numpy()
 
 
 def encode_images(images, vae, out, workers=0, device="cpu"):
@@ -498,6 +519,11 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
         scale=vae.scale,
         info=dict(classes=images.classes, vae_digest=vae.digest, images=images_digest(images)),
     )
+    twice = [name for name, count in Counter(images.classes).items() if count > 1]
+    if twice:
+        raise UserError(f"{images.path}: two classes have the name {shorten(twice)}; rename one")
+    if images.path.resolve() in out.resolve().parents:
+        raise UserError(f"{out}: lies in the folder of images {images.path}; give another --out")
     lock_file = start_parts(out, record)  # noqa: F841 - until this function returns
     batch_size = max(1, min(32, 32 * 256**2 // math.prod(images.shape)))  # 6 GB
     paths = part_paths(out, -(-len(images) // PART))
@@ -508,10 +534,17 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
         atomic_write(paths[i], lambda f: np.save(f, moments))
     complete = out / "cache.json"
     if RANK > 0 or complete.exists():
-        return wait_until(complete.exists)
+        return wait_until(complete.exists, complete)
 
-    wait_until(lambda: all(path.exists() for path in paths))
-    readable = np.concatenate([np.isfinite(np.load(path)[:, 0, 0, 0, 0]) for path in paths])
+    wait_until(lambda: all(path.exists() for path in paths), f"the other parts of {out}")
+    readable = []
+    content = hashlib.sha256()  # of the latents: a copy of the images elsewhere gives the same
+    for path in paths:
+        moments = np.load(path)
+        readable.append(np.isfinite(moments[:, 0, 0, 0, 0]))
+        content.update(moments)
+    readable = np.concatenate(readable)
+    record["info"]["images"] = content.hexdigest()[:16]
     for i in np.flatnonzero(~readable):
         print(f"left out, not readable: {images.names[i]!r}")  # !r: a name may not be UTF-8
     if not readable.any():
@@ -521,7 +554,8 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
     error = show_reconstructions(originals, vae, out / "reconstructions.png", device)
     labels = np.where(readable, images.labels, -1)
     atomic_write(out / "labels.npy", lambda f: np.save(f, labels))
-    shutil.copy(vae.path, out / "vae.pt")
+    vae_bytes = vae.path.read_bytes()
+    atomic_write(out / "vae.pt", lambda f: f.write(vae_bytes))
     write_json(out / "names.json", images.names)
     write_json(complete, record)
     print(
@@ -571,8 +605,8 @@ class LatentCache:
         self.path = Path(path)
         if not (self.path / "cache.json").exists():
             raise UserError(
-                f"{path}: not there, not a latent cache, or an unfinished one: "
-                f"python vae.py encode --data SRC --vae F --out {path}"
+                f"{path}: not there, not a latent cache, or an unfinished one; name one with "
+                f"--data, or make it: python vae.py encode --data SRC --vae F --out {path}"
             )
         with user_file(path, "latent cache"):
             record = json.loads((self.path / "cache.json").read_text())
@@ -642,6 +676,9 @@ def encode_once(data, vae_path, init, folder, workers, device):
     if not (path / "cache.json").exists():
         encode_images(images, vae, path, workers, device)
     say(f"latents from {path}, of {time.ctime((path / 'cache.json').stat().st_mtime)}")
+    encoded = LatentCache(path).info["images"]
+    if init and init.entries.get("images", encoded) != encoded:
+        say(f"{init.path}: was trained on other images than these")
     return path
 
 
