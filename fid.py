@@ -184,10 +184,11 @@ def main():
                 theirs = str(data.get("network", unnamed))
                 if not {"arr_0", "images"} & set(data):
                     reference = None
-    if stats and (stats[0].shape != (width,) or stats[1].shape != (width, width)):
-        raise UserError(f"--ref {args.ref}: statistics of other than {width} features")
-    if stats and not all(x.isfinite().all() for x in stats):
-        raise UserError(f"--ref {args.ref}: mu and sigma are not finite")
+    if stats:
+        shapes = [x.shape for x in stats]
+        total = stats[0].sum() + stats[1].sum()
+        if shapes != [(width,), (width, width)] or not total.isfinite():
+            raise UserError(f"--ref {args.ref}: not mean and covariance of {width} finite features")
     if stats and theirs != made_with:
         raise UserError(
             f"--ref {args.ref}: statistics of {theirs}, not of {made_with}; make them again: "

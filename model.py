@@ -33,6 +33,7 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -845,15 +846,13 @@ def run_main(main, interrupted="", out_of_memory=""):
         line = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         # A process that reads data puts its traceback before the message.
         line = line.splitlines()[-1].removeprefix("model.UserError: ")
-    except (torch.OutOfMemoryError, MemoryError):
-        line = "out of memory" + out_of_memory
-    except RuntimeError as e:
+    except (MemoryError, RuntimeError) as e:
         if "DataLoader worker" in str(e):
             line = "a process that reads data died (out of memory?); lower --workers"
-        elif "allocate memory" in str(e):  # of a CPU
-            line = "out of memory" + out_of_memory
-        else:
+        elif isinstance(e, RuntimeError) and not re.search("(of|allocate) memory", str(e)):
             raise
+        else:  # of a GPU, of a CPU, of Python
+            line = "out of memory" + out_of_memory
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(status)
 
@@ -863,17 +862,17 @@ def atomic_write(path, write):
 
     A link keeps its place, its target is replaced. A pipe or device is written to.
     """
-    path = Path(os.path.realpath(path))
-    special = path.exists() and not path.is_file()
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    special = target.exists() and not target.is_file()
+    tmp = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path if special else tmp, "wb") as f:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target if special else tmp, "wb") as f:
             write(f)
             f.flush()
             if not special:
                 os.fsync(f.fileno())
-                tmp.replace(path)
+                tmp.replace(target)
     except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
         reason = str(e).splitlines()[0]
         raise OSError(f"{path}: could not be written ({reason})") from e

@@ -79,15 +79,6 @@ def parse():
     return parser.parse_args()
 
 
-def write_pngs(folder, paths, labels, names):
-    """FOLDER/CLASS/NUMBER.png of each image."""
-    images = (image for path in paths for image in np.load(path))
-    for i, (image, label) in enumerate(zip(images, labels)):
-        path = folder / names[label].replace("/", "_") / f"{i:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image).save(path)
-
-
 def main():
     args = parse()
     device = pick_device(args.device)
@@ -177,14 +168,16 @@ def main():
     labels = labels.cpu().numpy()
     if is_set:
         wait_until(lambda: all(path.exists() for path in paths), f"the other parts of {partial}")
-        if out.suffix == ".npz":
-            # ADM's format, and the names of the classes.
-            images = np.concatenate([np.load(path, mmap_mode="r") for path in paths])
+        images = np.concatenate([np.load(path, mmap_mode="r") for path in paths])
+        if out.suffix == ".npz":  # ADM's format, and the names of the classes
             arrays = dict(arr_0=images, arr_1=labels, classes=names)
             atomic_write(out, lambda f: np.savez(f, **arrays))
         else:
-            write_pngs(partial, paths, labels, names)
-            partial.rename(out)
+            for i, label in enumerate(labels):
+                path = partial / "images" / names[label] / f"{i:06d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(images[i]).save(path)
+            (partial / "images").rename(out)
         shutil.rmtree(partial, ignore_errors=True)  # NFS keeps the lock's file until the exit
     else:
         images = np.concatenate(images)

@@ -334,64 +334,6 @@ def walk(folder, left_out, parents=()):
             yield path
 
 
-def read_folder(root, labelled):
-    """(paths [N], labels [N], class names); labelled: the classes are the sorted subfolders."""
-    folders = [root]
-    left_out = Counter()
-    parents = ()
-    if labelled:
-        entries = sorted(root.glob("[!.@]*"))
-        folders = [entry for entry in entries if entry.is_dir()]
-        left_out["images beside the class folders"] = sum(
-            entry.suffix.lower() in SUFFIXES for entry in entries if not entry.is_dir()
-        )
-        parents = (os.path.realpath(root),)
-    paths = []
-    labels = []
-    for label, folder in enumerate(folders):
-        images = list(walk(folder, left_out, parents))
-        if not images:
-            raise UserError(f"{folder}: no images in this folder; remove it or fill it")
-        paths += images
-        labels += [label] * len(images)
-    if not paths:
-        raise UserError(f"{root}: no class folders; expected {root}/<class>/<image>")
-    left_out = [f"{count} {reason}" for reason, count in left_out.items() if count]
-    if left_out:
-        say(f"{root}: left out: {'; '.join(left_out)}")
-    names = [folder.name.encode(errors="backslashreplace").decode() for folder in folders]
-    return paths, np.array(labels), names
-
-
-def read_npz(path, labelled):
-    """(images uint8 [N, H, W, 3], labels [N], class names) of an .npz."""
-    names = "images arr_0 labels arr_1 classes".split()
-    with user_file(path, ".npz of images"), np.load(path) as data:
-        arrays = {k: data[k] for k in names if k in data}
-        has = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()) or data.files
-    images = arrays.get("images", arrays.get("arr_0", np.zeros(0)))
-    images = images[..., None] if images.ndim == 3 else images
-    sound = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
-    if not sound or images.size == 0 or images.max() == 1:
-        raise UserError(
-            f"{path}: has {has}; expected images (or arr_0), uint8 [N, H, W, 3], 0 to 255"
-        )
-    images = np.broadcast_to(images, (*images.shape[:3], 3))
-    labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0))).reshape(-1)
-    one_each = labels.dtype.kind in "iu" and len(labels) == len(images)
-    if one_each and 0 <= labels.min() <= labels.max() < 2**20:  # more are ids, not classes
-        labels = labels.astype(np.int64)
-        classes = arrays.get("classes", np.arange(labels.max() + 1)).reshape(-1)
-        if labels.max() < len(classes):
-            return images, labels, classes.astype(str).tolist()
-    if labelled:
-        raise UserError(
-            f"{path}: has {has}; expected labels (or arr_1), an integer from 0 for each image, and "
-            "below len(classes)"
-        )
-    return images, np.zeros(len(images), np.int64), [""]
-
-
 class ImageFolder(Dataset):
     """Images of a folder of class folders, or (not labelled) at any depth below a folder.
 
@@ -402,7 +344,30 @@ class ImageFolder(Dataset):
         self.path = path
         self.size = size
         self.skip_bad = skip_bad
-        self.files, self.labels, self.classes = read_folder(path, labelled)
+        folders = [path]
+        left_out = Counter()
+        parents = ()
+        if labelled:
+            entries = sorted(path.glob("[!.@]*"))
+            folders = [entry for entry in entries if entry.is_dir()]
+            beside = [e for e in entries if e.suffix.lower() in SUFFIXES and e not in folders]
+            left_out["images beside the class folders"] = len(beside)
+            parents = (os.path.realpath(path),)
+        self.files = []
+        self.labels = []
+        for label, folder in enumerate(folders):
+            files = list(walk(folder, left_out, parents))
+            if not files:
+                raise UserError(f"{folder}: no images in this folder; remove it or fill it")
+            self.files += files
+            self.labels += [label] * len(files)
+        if not self.files:
+            raise UserError(f"{path}: no class folders; expected {path}/<class>/<image>")
+        left_out = [f"{count} {reason}" for reason, count in left_out.items() if count]
+        if left_out:
+            say(f"{path}: left out: {'; '.join(left_out)}")
+        self.labels = np.array(self.labels)
+        self.classes = [f.name.encode(errors="backslashreplace").decode() for f in folders]
         self.names = [os.path.relpath(file, path) for file in self.files]
         self.shape = (size, size) if size else read_image(self.files[0]).size[::-1]
 
@@ -433,9 +398,36 @@ class ImageArray(Dataset):
         self.path = path
         self.size = size
         self.files = [path]
-        self.images, self.labels, self.classes = read_npz(path, labelled)
+        names = "images arr_0 labels arr_1 classes".split()
+        with user_file(path, ".npz of images"), np.load(path) as data:
+            arrays = {k: data[k] for k in names if k in data}
+            has = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()) or data.files
+        images = arrays.get("images", arrays.get("arr_0", np.zeros(0)))
+        images = images[..., None] if images.ndim == 3 else images
+        sound = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
+        if not sound or images.size == 0 or images.max() == 1:
+            raise UserError(
+                f"{path}: has {has}; expected images (or arr_0), uint8 [N, H, W, 3], 0 to 255"
+            )
+        self.images = np.broadcast_to(images, (*images.shape[:3], 3))
+        self.shape = (size, size) if size else images.shape[1:3]
+        labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0))).reshape(-1)
+        one_each = labels.dtype.kind in "iu" and len(labels) == len(images)
+        labelled_well = one_each and 0 <= labels.min() <= labels.max() < 2**20  # else ids
+        if labelled_well:
+            classes = arrays.get("classes", np.arange(labels.max() + 1)).reshape(-1)
+            labelled_well = labels.max() < len(classes)
+        if labelled and not labelled_well:
+            raise UserError(
+                f"{path}: has {has}; expected labels (or arr_1), an integer from 0 for each image, "
+                "and below len(classes)"
+            )
+        if not labelled_well:
+            labels = np.zeros(len(images))
+            classes = np.array([""])
+        self.labels = labels.astype(np.int64)
+        self.classes = classes.astype(str).tolist()
         self.names = [f"{self.classes[k]}/{i}" for i, k in enumerate(self.labels)]
-        self.shape = (size, size) if size else self.images.shape[1:3]
 
     def __len__(self):
         return len(self.images)
