@@ -834,10 +834,8 @@ def run_main(main, interrupted="", out_of_memory=""):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = 2
     try:
-        if WORLD > 1 and not {"RANK", "MASTER_ADDR"} <= set(os.environ):
-            raise UserError(
-                "WORLD_SIZE is set, RANK or MASTER_ADDR is not: use torchrun, or unset it"
-            )
+        if WORLD > 1 and "RANK" not in os.environ:
+            raise UserError("WORLD_SIZE is set, RANK is not: start with torchrun, or unset it")
         return main()
     except KeyboardInterrupt:
         line = "interrupted" + interrupted

@@ -27,7 +27,6 @@ def run_in_process(line, expect=0):
     words = line.split() if isinstance(line, str) else [str(word) for word in line]
     handler = signal.getsignal(signal.SIGTERM)  # run_main sets another
     argv, sys.argv = sys.argv, words
-    vae.open_part.cache_clear()  # by name: tests name their caches alike
     status = 0
     try:
         model.run_main(MAINS[words[0]])

@@ -338,7 +338,6 @@ def project(encoded, tmp_path, monkeypatch):
     """A copy of `encoded`, as the current folder."""
     shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    vae.open_part.cache_clear()  # of another test's folder
     return tmp_path
 
 
