@@ -330,6 +330,8 @@ def walk(folder, left_out, parents=()):
             yield from walk(path, left_out, parents)
         elif suffix not in SUFFIXES:
             left_out[f"not images by their suffix {suffix!r}"] += 1
+        elif os.path.exists(path) and not os.path.isfile(path):
+            left_out["pipes or devices"] += 1
         else:
             yield path
 

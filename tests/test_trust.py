@@ -92,7 +92,7 @@ def test_unusual_images_are_encoded_and_broken_ones_are_named(tmp_path, run):
     broken = odd_images(tmp_path / "photos")
     save_small_vae(tmp_path / "vae.pt")
     out, _ = run("vae.py encode --data photos --vae vae.pt --out cache")
-    assert "photos: left out, not images by their suffix: {'.txt': 2}" in out
+    assert "photos: left out: 2 not images by their suffix '.txt'; 1 hidden" in out
     assert "wrote 6 of 11 images to cache; classes: " in out
     named = [line for line in out.splitlines() if line.startswith("left out, not readable: ")]
     assert [line.split("/")[-1].strip("'") for line in named] == broken
@@ -183,7 +183,7 @@ MEASURE = f"fid.py --samples source.npz --net {DEMO}/features.pt"
     ("sample.py --s1 0 --s2 0", "s1, s2: adams-bashforth has none"),
     ("sample.py --device tpu", "--device tpu: not a usable device"),
     ("sample.py --num 10 --out source.npz", "--out source.npz: is there already; remove it or"),
-    ("sample.py --out picture.jpg", "--out picture.jpg: must end in .png or .npz here"),
+    ("sample.py --out picture.jpg", "--out picture.jpg: must end in .npz or /, or in .png"),
     (f"{DRAW} --out folder.png", "folder.png: could not be written ([Errno 21] Is a directory"),
     (f"{DRAW} --out file/x.png", "file/x.png: could not be written ([Errno 17] File exists"),
     ("sample.py --ckpt folder.png", "folder.png/ema.pt: No such file or directory"),
