@@ -640,13 +640,13 @@ def parse(parser):
     stage = "only decoder" if first.only_decoder else "MRAR" if first.refs > 1 else "1-step"
     device = pick_device(first.device)
     on_gpu = device.type == "cuda"
-    parser.set_defaults(**RECIPES[f"XS {stage}" if size == "XS" else stage])
-    parser.set_defaults(data=DEMO_DATA if size == "XS" else "latents")
-    dtype = pick_dtype(None, device, SIZES[size].width)
-    parser.set_defaults(dtype=dtype, compile=on_gpu, workers=4 if on_gpu else 0)
-    parser.set_defaults(**known)
+    defaults = dict(RECIPES[f"XS {stage}" if size == "XS" else stage])
+    defaults.update(data=DEMO_DATA if size == "XS" else "latents", compile=on_gpu)
+    defaults.update(dtype=pick_dtype(None, device, SIZES[size].width), workers=4 if on_gpu else 0)
+    defaults.update(known)
     if first.epochs:
-        parser.set_defaults(steps=None)
+        defaults["steps"] = None
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
 
     if last:

@@ -22,10 +22,11 @@ sys.path.insert(0, str(ROOT))  # the scripts are not a package
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes rather than seconds; run with -m slow")
+    config.addinivalue_line("markers", "weights: needs the bundled or the golden weights")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr:
+    if "slow" not in config.option.markexpr:
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))

@@ -15,10 +15,11 @@ import vae
 
 sys.path.insert(0, str(ROOT / "demo"))
 import figures  # noqa: E402
+import train_vae  # noqa: E402
 
 MAINS = {
     f"{script.__name__}.py": script.main
-    for script in (vae, train, finetune_mrar, sample, fid, diversity, figures)
+    for script in (vae, train, finetune_mrar, sample, fid, diversity, figures, train_vae)
 }
 
 

@@ -37,6 +37,7 @@ def written(folder):
     return {path: path.stat().st_mtime_ns for path in paths}
 
 
+@pytest.mark.weights
 def test_every_claim_has_finite_figures_and_a_second_run_adds_nothing(command, tmp_path):
     printed, _ = command(ARGV)
     folder = tmp_path / "study"

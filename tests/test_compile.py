@@ -17,19 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 import train
 from model import SIZES, Config, TransDiff, per_image_noise
 
-SMALL = Config(
-    width=64,
-    heads=2,
-    ar_depth=2,
-    dit_depth=2,
-    num_classes=5,
-    cond_tokens=16,
-    class_tokens=4,
-    latent_channels=4,
-    latent_size=8,
-    dropout=0.0,
-    label_drop_prob=0.5,
-)
+shape = dict(width=64, heads=2, ar_depth=2, dit_depth=2, num_classes=5, cond_tokens=16)
+latents = dict(class_tokens=4, latent_channels=4, latent_size=8)
+SMALL = Config(**shape, **latents, dropout=0.0, label_drop_prob=0.5)
 
 
 @pytest.fixture
@@ -117,12 +107,9 @@ def test_a_compiled_decoder_draws_a_chain_with_guidance(backend):
 
 
 # -------------------------------------------------------------------------------- memory
-TABLE = [  # tests/README.md: GB of activations of a chain
+@pytest.mark.parametrize("size,refs,gigabytes", [  # the table of tests/README.md
     ("B", 1, 0.99), ("B", 4, 1.68), ("L", 1, 1.75), ("L", 4, 2.97), ("H", 1, 2.73), ("H", 4, 4.63),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("size,refs,gigabytes", TABLE)
+])  # fmt: skip
 def test_memory_of_a_chain_is_that_of_the_table(size, refs, gigabytes):
     config = dataclasses.replace(SIZES[size], refs=refs)
     ours = train.memory_per_chain(config, batch_mul=4 if refs == 1 else 2)

@@ -149,11 +149,14 @@ def test_precision_and_recall():
     a, b = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (150, 130))
     assert fid.precision_recall(a, a) == (1, 1)
     assert fid.precision_recall(a, a + 100) == (0, 0)
-    copies = [a.repeat(n, 1) for n in (5, 7)]  # their balls have radius 0
+    x = torch.randn(20, 500, generator=torch.Generator().manual_seed(1))
+    copies = x.repeat(5, 1)[torch.randperm(100)], x.repeat(7, 1)  # their balls have radius 0
     assert fid.precision_recall(*copies) == (1, 1)
     half_missing = torch.cat([a + 0.01, a + 100])
     assert fid.precision_recall(a, half_missing) == (1, 0.5)
-    a, b = a + 1000, b + 1000
+    line = torch.arange(4.0).double()[:, None]  # the ball of 3 reaches to 6, but for rounding
+    assert [fid.precision_recall(0 * line + 6 + x, line)[0] for x in (1e-6, 1e-3)] == [1, 0]
+    a, b = a.double() + 1e6, b.double() + 1e6  # far from the origin
     expected = brute_precision_recall(a.numpy(), b.numpy())
     assert fid.precision_recall(a, b) == pytest.approx(expected, abs=1e-12)
 

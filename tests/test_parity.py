@@ -12,6 +12,8 @@ from golden import OUTCOMES, assert_close, released_state, tensor, write_release
 from model import SIZES, Sampling, TransDiff, load_checkpoint
 from vae import load_vae
 
+pytestmark = pytest.mark.weights
+
 LABELS = torch.tensor([1, 7])
 T = torch.tensor([0.3, 0.7])
 X = tensor("x", 2, 16, 16, 16)

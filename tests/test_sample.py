@@ -17,6 +17,8 @@ from model import load_file
 from vae import latents_to_images, load_vae
 
 RELEASED = "/zhendch/Transdiff/resolve/main"
+pytestmark = pytest.mark.weights
+
 MODEL, VAE = ROOT / "demo" / "mrar.pt", ROOT / "demo" / "vae.pt"
 
 

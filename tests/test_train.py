@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,15 +21,14 @@ import torch
 from conftest import ROOT, forks, run_script
 from in_process import run_in_process
 from PIL import Image
-from test_vae import save_small_vae
+from test_vae import SMALL, refused, run, save_small_vae, save_vae  # noqa: F401
 
 import model
 import train
 import vae
 from model import SIZES, TransDiff, derive_seed, load_checkpoint, load_file
-from train import RECIPES, Chains, growing_scales, learning_rate, make_optimizer, memory_per_chain
-from train import micro_batches_needed, split, update_ema
-from vae import LatentCache, encode_images, load_vae, open_images, sample_posterior
+from train import RECIPES, Chains, learning_rate, make_optimizer, split
+from vae import LatentCache, encode_images, growing_scales, load_vae, open_images, sample_posterior
 
 # --------------------------------------------------------------------------------- chains of images
 
@@ -47,9 +48,9 @@ def fake_cache(counts, seed=0):
     return SimpleNamespace(labels=labels, moments=moments, classes=classes)
 
 
-def all_chains(counts, refs, batch_size, **options):
+def all_chains(counts, refs, batch_size, seed=3, **options):
     cache = fake_cache(counts)
-    return Chains(cache, np.arange(len(cache.labels)), refs, batch_size, seed=3, **options)
+    return Chains(cache, np.arange(len(cache.labels)), refs, batch_size, seed, **options)
 
 
 def read_epochs(chains, n):
@@ -66,9 +67,7 @@ def read_epochs(chains, n):
     return [np.stack(seen[i * per_epoch : (i + 1) * per_epoch]) for i in range(n)]
 
 
-@pytest.mark.parametrize(
-    "refs,counts", [(1, [5, 9, 7]), (4, [8, 12, 4]), (4, [9, 15, 6]), (16, [33, 16])]
-)
+@pytest.mark.parametrize("refs,counts", [(1, [5, 9, 7]), (4, [9, 15, 6]), (16, [33, 16])])
 def test_an_epoch_has_every_image_once_as_a_member_of_one_chain(refs, counts):
     """Except for the remainder of each class. Chains and their order are new in each epoch."""
     chains = all_chains(counts, refs, batch_size=5)
@@ -79,6 +78,8 @@ def test_an_epoch_has_every_image_once_as_a_member_of_one_chain(refs, counts):
         seen = np.bincount(chains.cache.labels[images])
         assert seen.tolist() == [count // refs * refs for count in counts]
     assert first.tolist() != second.tolist()
+    labels = chains.cache.labels[first[:, 0]]
+    assert (np.diff(labels) < 0).any(), "class after class"
     if refs > 1:
         members = [{frozenset(chain.tolist()) for chain in epoch} for epoch in (first, second)]
         assert members[0] != members[1]
@@ -95,13 +96,25 @@ def test_the_batches_of_all_ranks_are_the_batch_of_one_process():
     for step in (50, 0, 3, 4):  # in any order; the second epoch starts at step 4
         parts = [rank.indices(step) for rank in ranks]
         assert np.array_equal(np.concatenate(parts), chains.indices(step))
+        assert not np.array_equal(
+            all_chains([13, 11], 1, 6, seed=4).indices(step), chains.indices(step)
+        )
 
 
-@pytest.mark.parametrize("mirror", [True, False])
-def test_half_of_the_images_are_mirrored_or_none(mirror):
-    chains = all_chains([40], 1, 40, mirror=mirror)
-    mirrored = torch.cat([chains[step][0] for step in range(5)])[:, 0, 1].sum()
-    assert 60 < mirrored < 140 if mirror else mirrored == 0  # of 200
+def flips_of(step, **options):
+    """1 where an image of a batch of 8 chains of 4 is mirrored, [8, 4]."""
+    return all_chains([64], 4, 8, **options)[step][0][:, :, 1, 0, 0]
+
+
+def test_half_of_the_images_are_mirrored_each_by_itself_or_none():
+    steps = [flips_of(step) for step in range(6)]
+    assert 70 < torch.stack(steps).sum() < 122  # of 192
+    for flips in steps:
+        assert len(flips.unique(dim=0)) > 2 and len(flips.unique(dim=1)) > 1
+    parts = [flips_of(step, rank=rank, world=2) for step in (0, 1) for rank in (0, 1)]
+    assert len(torch.stack(parts).flatten(1).unique(dim=0)) == 4
+    assert not any(flips_of(step, mirror=False).any() for step in range(6))
+    assert not torch.equal(flips_of(0, seed=4), flips_of(0))
 
 
 @pytest.mark.parametrize("refs", [1, 4])
@@ -129,29 +142,37 @@ def test_scale_ar_is_one_image_at_growing_scales():
     # 2 x 2 positions are their means in the corners, which bilinear enlargement keeps.
     quarter = x[:, 0, :, :4, :4].mean((-2, -1))
     torch.testing.assert_close(chains[:, 1, :, 0, 0], quarter)
+    right = x[:, 0, :, :4, 4:].mean((-2, -1))
+    torch.testing.assert_close(chains[:, 1, :, 0, 3], torch.lerp(quarter, right, 0.375))
     assert growing_scales(torch.randn(1, 1, 3, 5, 5)).shape == (1, 4, 3, 5, 5)
 
 
-def test_chains_of_scales_are_trained_drawn_and_resumed(project, tiny, capsys):
+def test_chains_of_scales_are_trained_drawn_and_resumed(project, tiny, run, refused):
     run_in_process(f"train.py {SHORT} --steps 1")
     flags = "--chains scales --batch-size 8 --steps 2 --sample-every 2"
-    run_in_process(f"finetune_mrar.py {flags}")
-    assert "0.3 epochs of 60 chains" in capsys.readouterr().out  # every image is a chain
+    out = run(f"finetune_mrar.py {flags} --log-every 1 --lr 0 --dtype fp32").out
+    assert "0.3 epochs of 60 chains" in out  # every image is a chain
+    # The weights stay, so the loss of step 1 can be computed from them.
+    moments, labels = Chains(LatentCache("cache"), np.arange(60), 1, 8, seed=0)[0]
+    net = load_checkpoint("runs/mrar/last.pt", ema=False).train()
+    torch.manual_seed(derive_seed(0, 0, 0))
+    loss = net.loss(growing_scales(sample_posterior(moments) * SCALE), labels).item()
+    assert float(column("runs/mrar", "loss")[0]) == pytest.approx(loss, rel=1e-4)
     ckpt = load_file("runs/mrar/ema.pt")
     assert ckpt["chains"] == "scales" and ckpt["sampling"]["null_refs"]
     assert load_checkpoint("runs/mrar").info["chains"] == "scales"
     assert not load_checkpoint("runs/train").sampling.null_refs
-    run_in_process("sample.py --ckpt runs/mrar --class 1 --n 1 --show-chain")
-    assert "null_refs True" in capsys.readouterr().out
-    run_in_process("finetune_mrar.py --resume --steps 3")
-    run_in_process("finetune_mrar.py --resume --steps 4 --chains images", expect=2)
-    assert "chains scales there, images here" in last_line(capsys.readouterr().err)
-    run_in_process(f"finetune_mrar.py {flags} --refs 16 --out other", expect=2)
-    assert "--chains scales: has 4 images, not --refs 16" in last_line(capsys.readouterr().err)
+    out = run("sample.py --ckpt runs/mrar --class 1 --n 1 --show-chain").out
+    assert "null_refs True" in out
+    run("finetune_mrar.py --resume --steps 3")
+    message = refused("finetune_mrar.py --resume --steps 4 --chains images")
+    assert "chains was scales, now images" in message
+    message = refused(f"finetune_mrar.py {flags} --refs 16 --out other")
+    assert "--chains scales: has 4 images, not --refs 16" in message
 
 
 @pytest.fixture
-def listed(project, tiny, garments, capsys):
+def listed(project, tiny, garments):
     """A cache of a folder: a/0.png ... a/19.png, of which 19 is unreadable, and b/0.png ..."""
     for i in range(40):
         path = Path("photos", "ab"[i // 20], f"{i % 20}.png")
@@ -160,7 +181,6 @@ def listed(project, tiny, garments, capsys):
     Path("photos/a/19.png").write_bytes(b"broken")
     run_in_process("vae.py encode --data photos --vae vae.pt --out of-photos")
     run_in_process("train.py --data of-photos --batch-size 8 --steps 1 --sample-every 0")
-    capsys.readouterr()
     return LatentCache("of-photos")
 
 
@@ -185,16 +205,18 @@ def test_each_epoch_uses_each_listed_chain_once_in_a_new_order(listed):
     assert sorted(first) == sorted(second) == sorted(rows.tolist()) and first != second
 
 
-def test_stage_2_is_trained_on_a_list_of_chains(listed, capsys):
-    kept, held_out = split(listed.labels, 0.1)
+def test_stage_2_is_trained_on_a_list_of_chains(listed, run):
+    kept, held_out = split(listed.labels, 0.2)
     names = [Path(path).stem for path in open_images("photos").files]
     a = [names[i] for i in kept if listed.labels[i] == 0]
     out = next(names[i] for i in held_out if listed.labels[i] == 0)
     chains = [a[:4], a[4:8], [*a[:3], out], [*a[:3], "19"], [*a[:3], "99"]]
     chain_list(*(("a", chain) for chain in chains), ("nothing", range(4)))
-    flags = "--batch-size 2 --steps 2 --sample-every 0 --holdout 0.1"
-    run_in_process(f"finetune_mrar.py --chains chains.txt {flags}")
-    printed = capsys.readouterr().out
+    flags = "--batch-size 2 --steps 2 --sample-every 2 --holdout 0.2 --lr 0"
+    run(f"finetune_mrar.py {flags} --out random")
+    printed = run(f"finetune_mrar.py --chains chains.txt {flags}").out
+    # The held-out loss is of random chains.
+    assert column("runs/mrar", "holdout_loss") == column("random", "holdout_loss") != [""]
     rest = f"absent, unreadable or held out: a/{out}, a/19, a/99, nothing/0, nothing/1"
     assert f"chains.txt: 2 of 6 chains; {rest}" in printed and "2.0 epochs" in printed
     assert "1 of 2 classes have no chain of 4: b" in printed
@@ -202,39 +224,27 @@ def test_stage_2_is_trained_on_a_list_of_chains(listed, capsys):
     run_in_process("finetune_mrar.py --resume --steps 3")
 
 
-@pytest.mark.parametrize("line,message", [
-    ("{", "chains.txt, line 2: not a usable chain"),
-    ('{"cate": "a"}', "chains.txt, line 2: not a usable chain (no 'files')"),
-    ('{"cate": "a", "files": [1, 2, 3, 4]}', "chains.txt, line 2: not a usable chain"),
-    ('{"cate": "a", "files": ["1.png"]}', "line 2: not a usable chain (it has 1 files, refs is 4)"),
-    ("[1]", "chains.txt, line 2: not a usable chain"),
+NOTHING = b'{"cate": "nothing", "files": ["0", "1", "2", "3"]}\n'
+NOT_A_CHAIN = "chains.txt, line 2: not a usable chain"
+
+
+@pytest.mark.parametrize("content,message", [
+    (NOTHING + b"{", NOT_A_CHAIN),
+    (NOTHING + b'{"cate": "a"}', f"{NOT_A_CHAIN} (no 'files')"),
+    (NOTHING + b'{"cate": "a", "files": [1, 2, 3, 4]}', NOT_A_CHAIN),
+    (NOTHING + b'{"cate": "a", "files": ["1.png"]}', f"{NOT_A_CHAIN} (it has 1 files, refs is 4)"),
+    (NOTHING + b"[1]", NOT_A_CHAIN),
+    (NOTHING, "has no chain of images in of-photos; absent, unreadable or held out: nothing/0, no"),
+    (b"", "chains.txt, line 1: not a usable chain"),
+    (b"\xff\xfe", "chains.txt: not a usable list of chains"),
+    (None, "chains.txt: No such file"),
 ])  # fmt: skip
-def test_a_malformed_list_is_refused_by_its_line(line, message, listed, capsys):
-    chain_list(("a", range(4)))
-    with open("chains.txt", "a") as f:
-        f.write(line)
-    run_in_process("finetune_mrar.py --chains chains.txt", expect=2)
-    assert message in last_line(capsys.readouterr().err)
-    assert not Path("runs/mrar").exists()
-
-
-def test_a_list_without_a_chain_of_the_cache_is_refused(listed, capsys):
-    def refused(flags):
-        run_in_process(f"finetune_mrar.py {flags}", expect=2)
-        return last_line(capsys.readouterr().err)
-
-    chain_list(("nothing", range(4)))
-    message = "chains.txt: has no chain of images in of-photos; absent, unreadable or held out: no"
-    assert message in refused("--chains chains.txt")
-    Path("chains.txt").write_text("")
-    assert "chains.txt, line 1: not a usable chain" in refused("--chains chains.txt")
-    Path("chains.txt").write_bytes(b"\xff\xfe")
-    assert "chains.txt: not a usable list of chains" in refused("--chains chains.txt")
-    assert "gone.txt: No such file" in refused("--chains gone.txt")
-    chain_list(("nothing", range(4)))
-    assert "has no chain of images in cache" in refused("--chains chains.txt --data cache")
-    Path("cache/names.json").unlink()  # a cache of an .npz that an earlier version encoded
-    assert "names.json: No such file" in refused("--chains chains.txt --data cache")
+def test_a_list_without_a_chain_or_with_a_malformed_line_is_refused(
+    content, message, listed, refused
+):
+    if content is not None:
+        Path("chains.txt").write_bytes(content)
+    assert message in refused("finetune_mrar.py --chains chains.txt")
 
 
 # ---------------------------------------------------------------------- recipes and parts of a step
@@ -273,58 +283,18 @@ def test_weight_decay_is_for_the_matrices_of_the_ar_transformer_alone():
     assert len(members[0.02]) + len(members[0.0]) == len(names)
 
 
-def test_ema_moves_towards_the_weights_without_a_graph():
-    ema, net = (TransDiff(SIZES["XS"]) for _ in range(2))
-    ema.requires_grad_(False)
-    expected = [0.9 * a + 0.1 * b.detach() for a, b in zip(ema.parameters(), net.parameters())]
-    update_ema(ema, net, 0.9)
-    for p, e in zip(ema.parameters(), expected):
-        torch.testing.assert_close(p, e)
-        assert p.grad_fn is None and not p.requires_grad
-
-
-@pytest.mark.parametrize(
-    "size,refs,gigabytes",
-    [
-        ("B", 1, 0.99),
-        ("B", 4, 1.68),
-        ("L", 1, 1.75),
-        ("L", 4, 2.97),
-        ("H", 1, 2.73),
-        ("H", 4, 4.63),
-    ],
-)
-def test_activations_per_chain_are_those_counted_by_the_bench(size, refs, gigabytes):
-    """The table of tests/README.md."""
-    config = dataclasses.replace(SIZES[size], refs=refs)
-    counted = memory_per_chain(config, batch_mul=4 if refs == 1 else 2)
-    assert counted == pytest.approx(gigabytes * 1e9, rel=0.01)
-
-
-@pytest.mark.parametrize("gigabytes", [24, 80, 160])
-@pytest.mark.parametrize("refs,only_decoder", [(1, False), (16, False), (1, True)])
-def test_a_batch_is_cut_until_it_fills_at_most_half_of_a_gpu(gigabytes, refs, only_decoder):
-    config = dataclasses.replace(SIZES["B"], refs=refs)
-    num_params = 290e6
-    chain_bytes = memory_per_chain(config, 2, only_decoder)
-    accumulate = micro_batches_needed(256, chain_bytes, num_params, gigabytes * 1e9)
-    room = (gigabytes * 1e9 - 30 * num_params) / 2
-    micro_batch = 256 // accumulate * chain_bytes
-    assert 256 % accumulate == 0 and micro_batch <= room
-    assert accumulate == 1 or 2 * micro_batch > room
-
-
 # ------------------------------------------------------------------------------------- the commands
 
 SHORT = "--data cache --batch-size 8 --log-every 1 --sample-every 0"
 CONSTANT_LR = "--warmup 0 --cooldown 0"
+SCALE = 0.7  # of the VAE of the cache
 
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory, garments):
     """A folder with images.npz, of three classes, vae.pt, an untrained VAE, and their cache."""
     folder = tmp_path_factory.mktemp("encoded")
-    save_small_vae(folder / "vae.pt")
+    save_vae(folder / "vae.pt", SMALL, 32, scale=SCALE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         names = ["garment 0", "garment 1", "garment 2"]
@@ -344,7 +314,8 @@ def project(encoded, tmp_path, monkeypatch):
 @pytest.fixture
 def tiny(monkeypatch):
     """XS is smaller in this process: for tests of what does not depend on the size."""
-    size = dataclasses.replace(SIZES["XS"], width=32, heads=1, ar_depth=1, dit_depth=1)
+    small = dict(width=32, heads=1, ar_depth=1, dit_depth=1, label_drop_prob=0.5)
+    size = dataclasses.replace(SIZES["XS"], **small)
     monkeypatch.setitem(SIZES, "XS", size)
 
 
@@ -382,58 +353,59 @@ def last_line(text):
     return text.strip().splitlines()[-1]
 
 
-def test_train_finetune_sample(project, command):
-    """The three stages, as a user runs them, from images."""
-    data = "--data images.npz --vae vae.pt --batch-size 8 --log-every 1"
-    out, err = command(f"train.py {data} --steps 3 --sample-every 2")
-    run = project / "runs" / "train"
+@pytest.fixture(scope="module")
+def trained(encoded, tmp_path_factory):
+    """(folder, stdout, stderr) of a short run of train.py from images."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(encoded, folder, dirs_exist_ok=True)
+    out, err = io.StringIO(), io.StringIO()
+    flags = "--data images.npz --vae vae.pt --batch-size 8 --log-every 1 --steps 3 --sample-every 2"
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        run_in_process(f"train.py {flags}")
+    return folder, out.getvalue(), err.getvalue()
+
+
+def test_a_run_encodes_its_images_and_writes_checkpoints_pictures_and_a_log(trained):
+    folder, out, err = trained
     assert "encoding" in err and "TransDiff-XS" in out
     assert "to draw: python sample.py --ckpt runs/train" in out
     assert re.search(r"latents from runs/latents-images-32-\w{16}, of ", out)
+    run = folder / "runs" / "train"
     pictures = {"samples-0000002.png", "samples-0000003.png"}
     files = {"last.pt", "ema.pt", "vae.pt", "log.csv", "lock"}
     assert {path.name for path in run.iterdir()} == files | pictures
-    rows = read_log(run)
-    assert [row["step"] for row in rows] == ["1", "2", "3"]
     for name in ("loss", "grad_norm", "lr", "images_per_second"):
-        assert all(float(row[name]) > 0 for row in rows), name
+        assert all(float(value) > 0 for value in column(run, name)), name
+    assert column(run, "step") == ["1", "2", "3"]
     assert column(run, "memory_gb") == ["0"] * 3 and column(run, "holdout_loss") == [""] * 3
     ema, last = load_file(run / "ema.pt"), load_file(run / "last.pt")
-    assert all(v.dtype == torch.float16 for v in ema["model"].values())
     assert all(torch.equal(ema["model"][k], v.half()) for k, v in last["model_ema"].items())
     assert ema["classes"][2] == "garment 2"
-    _, err = command(f"train.py {data} --steps 3", expect=2)
-    assert "--resume" in last_line(err)
 
-    # Stage 2 continues on the data of stage 1.
+
+def test_stage_2_and_sampling_go_on_from_a_run_as_a_user_types_them(trained, tmp_path, command):
+    """A new XS model draws with the settings that suit it."""
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     out, err = command("finetune_mrar.py --batch-size 8 --steps 2 --sample-every 0")
     assert "chains of 4" in out and "encoding" not in err
-    assert load_checkpoint(project / "runs" / "mrar").config.refs == 4
-
-    # A new XS model draws with the settings that suit it.
     out, _ = command("sample.py --ckpt runs/train --class 2 --n 2")
-    assert "(garment 2; refs 1, sampler adams-bashforth, steps 8, cfg 2.25," in out and "s1" not in out
-    flags = "--n 2 --steps 2 --out new/x.npz"
+    assert "(garment 2; refs 1, sampler adams-bashforth, steps 8, cfg 2.25," in out
     line = ["sample.py", "--ckpt", "runs/mrar/last.pt", "--class", "garment 1", "0"]
-    out, _ = command([*line, *flags.split()])
+    out, _ = command([*line, *"--n 2 --steps 2 --out new/x.npz".split()])
     assert "refs 4, sampler adams-bashforth, steps 2, cfg 2.25," in out
-    arrays = np.load(project / "new" / "x.npz")
+    arrays = np.load(tmp_path / "new" / "x.npz")
     assert arrays["arr_0"].shape == (4, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == [1, 1, 0, 0]
 
 
-def test_samples_are_drawn_before_the_first_row_of_the_log(project, tiny):
-    flags = "--data cache --batch-size 8 --steps 2 --sample-every 1 --log-every 50"
-    run_in_process(f"train.py {flags}")
-    pictures = {path.name for path in Path("runs/train").glob("samples-*")}
-    assert pictures == {"samples-0000001.png", "samples-0000002.png"}
-
-
 def test_a_row_of_the_log_is_the_mean_since_the_last_row(project, tiny):
-    flags = "--data cache --batch-size 8 --steps 5 --sample-every 0"
-    run_in_process(f"train.py {flags} --log-every 1 --out each")
-    run_in_process(f"train.py {flags} --log-every 2 --out second")
+    """There is also a row with each picture."""
+    flags = "--data cache --batch-size 8 --steps 5"
+    run_in_process(f"train.py {flags} --log-every 1 --sample-every 0 --out each")
+    run_in_process(f"train.py {flags} --log-every 50 --sample-every 2 --out second")
     assert column("second", "step") == ["2", "4", "5"]
+    assert len(list(Path("second").glob("samples-*.png"))) == 3
     losses = np.array(column("each", "loss"), float)
     means = [losses[:2].mean(), losses[2:4].mean(), losses[4]]
     np.testing.assert_allclose(np.array(column("second", "loss"), float), means, rtol=1e-5)
@@ -448,46 +420,116 @@ def test_epochs_give_the_length_of_a_run(project, tiny):
     assert load_file("runs/mrar/last.pt")["step"] == 2  # 15 chains
 
 
-def first_step(world, accumulate):
-    """(loss of rank 0, gradients in the optimizer's order) of step 1 of a run with SHORT.
+def untrained(seed=0):
+    """The model that a run on the cache starts from."""
+    torch.manual_seed(seed)
+    return TransDiff(dataclasses.replace(SIZES["XS"], num_classes=3)).train()
 
-    In plain form: each process draws from its own seed; means over all micro-batches.
+
+def step_by_hand(step, world=1, accumulate=1, **options):
+    """(loss of rank 0, norm, gradients in the optimizer's order) of a step with SHORT and --seed 5.
+
+    Of a run whose weights stay. In plain form: each process draws from its own seed; means over
+    all micro-batches; options of the loss.
     """
     cache = LatentCache("cache")
-    torch.manual_seed(0)
-    net = TransDiff(dataclasses.replace(SIZES["XS"], num_classes=3)).train()
+    net = untrained(5)
     losses = []
     for rank in range(world):
-        chains = Chains(cache, np.arange(60), 1, 8, seed=0, rank=rank, world=world)
-        moments, labels = chains[0]
-        torch.manual_seed(derive_seed(0, 0, rank))
+        chains = Chains(cache, np.arange(60), 1, 8, seed=5, rank=rank, world=world)
+        moments, labels = chains[step]
+        torch.manual_seed(derive_seed(5, step, rank))
         for m, y in zip(moments.chunk(accumulate), labels.chunk(accumulate)):
-            losses.append(net.loss(sample_posterior(m) * cache.scale, y))
+            losses.append(net.loss(sample_posterior(m) * SCALE, y, **options))
     torch.stack(losses).mean().backward()
-    groups = make_optimizer(net, 1.0).param_groups
-    logged = torch.stack(losses[:accumulate]).mean()
-    return logged.item(), [p.grad for group in groups for p in group["params"]]
+    gradients = [p.grad for group in make_optimizer(net, 1.0).param_groups for p in group["params"]]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    return torch.stack(losses[:accumulate]).mean().item(), norm, gradients
 
 
-@pytest.mark.parametrize("world,accumulate", [(1, 1), (1, 4), (2, 2)])
-def test_a_step_follows_the_mean_gradient_of_its_micro_batches_and_processes(
-    world, accumulate, project
+@pytest.mark.parametrize("flags,options", [
+    ("", dict()),
+    ("--accumulate 4", dict(accumulate=4)),
+    ("--accumulate 2", dict(accumulate=2, world=2)),
+    ("--batch-mul 3", dict(batch_mul=3)),
+    ("--t uniform", dict(t_distribution="uniform")),
+])  # fmt: skip
+def test_loss_and_clipped_gradient_of_each_step_are_those_computed_by_hand(
+    flags, options, project, monkeypatch, request
 ):
-    line = f"train.py {SHORT} --steps 1 --accumulate {accumulate} --dtype fp32 --device cpu"
-    if world == 1:
-        run_in_process(line)
-    else:
+    """The means over all micro-batches and processes; AdamW's first moment m <- 0.9 m + 0.1 g."""
+    line = f"train.py {SHORT} --steps 2 --lr 0 --seed 5 --dtype fp32 --device cpu {flags}"
+    if "world" in options:
+        clip = train.CLIP
         out = run_on_two_ranks(line, project)
         assert "2 x cpu" in out and "8 chains of 1 in 2 micro-batches, from step 0" in out
-    loss, gradients = first_step(world, accumulate)
-    norm = torch.stack([g.norm() for g in gradients]).norm().item()
-    (row,) = read_log("runs/train")
-    assert float(row["loss"]) == pytest.approx(loss, rel=1e-4)
-    assert float(row["grad_norm"]) == pytest.approx(norm, rel=1e-3)
-    state = load_file("runs/train/last.pt")["optimizer"]["state"]
-    clip = min(1.0, 3.0 / norm)
-    for i, g in enumerate(gradients):
-        torch.testing.assert_close(state[i]["exp_avg"], 0.1 * clip * g, atol=1e-6, rtol=1e-3)
+    else:
+        request.getfixturevalue("tiny")
+        clip = 0.05
+        monkeypatch.setattr(train, "CLIP", clip)
+        run_in_process(line)
+    moment = 0
+    for step, row in enumerate(read_log("runs/train")):
+        loss, norm, gradients = step_by_hand(step, **options)
+        assert float(row["loss"]) == pytest.approx(loss, rel=1e-4)
+        assert float(row["grad_norm"]) == pytest.approx(norm, rel=1e-3)
+        assert float(row["epoch"]) == pytest.approx((step + 1) * 8 / 60, rel=1e-4)
+        flat = torch.cat([g.flatten() for g in gradients])
+        moment = 0.9 * moment + 0.1 * min(1.0, clip / norm) * flat
+    state = load_file("runs/train/last.pt")["optimizer"]["state"].values()
+    ours = torch.cat([s["exp_avg"].flatten() for s in state])
+    torch.testing.assert_close(ours, moment, atol=1e-6, rtol=1e-3)
+
+
+def test_rate_and_ema_of_two_steps_are_those_of_their_formulas(project, tiny):
+    """The rate falls to half of it in step 2. The decay of the EMA is 1/10, then --ema < 2/11."""
+    run_in_process(f"train.py {SHORT} {CONSTANT_LR} --steps 1 --lr 0.02 --ema 0.15")
+    first = load_file("runs/train/last.pt")
+    first = {k: v.clone() for k, v in first["model"].items()}
+    run_in_process("train.py --resume --steps 2 --cooldown 1")
+    last = load_file("runs/train/last.pt")
+    assert [group["lr"] for group in last["optimizer"]["param_groups"]] == [0.01, 0.01]
+    assert column("runs/train", "lr") == ["0.02", "0.01"]
+    for name, start in untrained().state_dict().items():
+        ema = 0.15 * (0.1 * start + 0.9 * first[name]) + 0.85 * last["model"][name]
+        torch.testing.assert_close(last["model_ema"][name], ema, msg=name)
+
+
+def test_the_first_update_is_adamws_with_decoupled_weight_decay(project, tiny):
+    """p <- p (1 - lr decay) - lr g / (|g| + 1e-8), of the rate of the warm-up's only step."""
+    run_in_process(f"train.py {SHORT} --steps 1 --lr 0.5 --warmup 1")
+    last = load_file("runs/train/last.pt")
+    net = untrained()
+    names = {p: name for name, p in net.named_parameters()}
+    state = iter(last["optimizer"]["state"].values())
+    for group in make_optimizer(net, 1.0).param_groups:
+        for p in group["params"]:
+            g = 10 * next(state)["exp_avg"]
+            expected = p.detach() * (1 - 0.5 * group["weight_decay"]) - 0.5 * g / (g.abs() + 1e-8)
+            torch.testing.assert_close(last["model"][names[p]], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_and_held_out_loss_are_of_the_ema_weights(project, tiny):
+    """Also: each row has four images of a class, the last of their chains."""
+    run_in_process(f"train.py {SHORT} --steps 1 --holdout 0.4")
+    flags = "--batch-size 4 --steps 2 --lr 0.1 --warmup 0 --sample-every 2 --t uniform --seed 3"
+    run_in_process(f"finetune_mrar.py {flags} --dtype fp32")
+    cache, net = LatentCache("cache"), load_checkpoint("runs/mrar/last.pt")
+    torch.manual_seed(3)
+    chain = net.sample(torch.arange(3).repeat_interleave(4))
+    images = vae.to_uint8(load_vae("vae.pt").decode(chain[:, -1] / SCALE))
+    vae.save_grid(images.reshape(3, 4, 32, 32, 3), "by-hand.png")
+    picture = np.asarray(Image.open("runs/mrar/samples-0000002.png"))
+    assert np.array_equal(picture, np.asarray(Image.open("by-hand.png")))
+
+    _, held_out = split(cache.labels, 0.4)
+    moments, labels = Chains(cache, held_out, 4, 128, seed=0)[0]
+    torch.manual_seed(0)
+    latents = sample_posterior(moments) * SCALE
+    loss = net.loss(latents, labels, t_distribution="uniform").item()
+    assert float(column("runs/mrar", "holdout_loss")[-1]) == pytest.approx(loss, rel=1e-5)
+    raw = load_checkpoint("runs/mrar/last.pt", ema=False)
+    assert raw.loss(latents, labels).item() != pytest.approx(loss, rel=1e-2)
 
 
 # ------------------------------------------------------------------------------- kills and resuming
@@ -551,146 +593,109 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(project, com
         if name == "SIGINT":
             assert last_line(err).startswith("train.py: interrupted")
         assert load_file(project / name / "last.pt")["step"] == 2
-        run_in_process(f"train.py --out {name} --resume")  # with the flags of the run
+        run_in_process(f"train.py --out {name} --resume --workers 1")  # and the run's flags
         assert column(name, "step") == ["1", "2", "3", "4", "5"]
         assert column(name, "loss") == column("whole", "loss")
         assert_same_run("whole/last.pt", f"{name}/last.pt")
 
 
-def test_workers_and_micro_batches_are_resumed_bit_for_bit(project, command):
-    flags = f"{SHORT} --steps 3 --accumulate 2"
-    run_in_process(f"train.py {flags} --out whole")
-    patch = SIGNAL_IN_A_STEP.format(call=5, rank=0, number=9)  # half of step 3
-    launcher = (sys.executable, str(patched(patch)))
-    line = f"train.py {flags} --save-every 1 --out killed --workers 2"
-    command(line, expect=-9, launcher=launcher)
-    assert load_file("killed/last.pt")["step"] == 2
-    run_in_process("train.py --out killed --resume --workers 1")
-    assert_same_run("whole/last.pt", "killed/last.pt")
-
-
-def test_a_second_command_in_the_folder_of_a_run_is_refused_while_the_first_runs(project, capsys):
+def test_a_second_command_in_the_folder_of_a_run_is_refused_while_the_first_runs(project, refused):
     argv = [ROOT / "train.py", *f"{SHORT} --steps 99 --save-every 1 --out run".split()]
     first = start(argv, project)
+    message = "train.py: run: another command writes to it; wait or change --out"
     try:
-        wait_until(Path("run/last.pt").exists, first)
+        while not Path("run/last.pt").exists():
+            assert first.is_alive()
+            time.sleep(0.05)
         os.kill(first.pid, signal.SIGSTOP)
-        run_in_process("train.py --out run --resume", expect=2)
+        assert refused("train.py --out run --resume") == message
         Path("run/last.pt").rename("last.pt")  # as before the first checkpoint
-        run_in_process(f"train.py {SHORT} --steps 1 --out run", expect=2)
-        lines = capsys.readouterr().err.splitlines()
-        message = "train.py: run: another command writes to it; wait or change --out"
-        assert lines.count(message) == 2
+        assert refused(f"train.py {SHORT} --steps 1 --out run") == message
         Path("last.pt").rename("run/last.pt")
     finally:
         first.kill()
         first.join()
     step = load_file("run/last.pt")["step"]
     run_in_process(f"train.py --out run --resume --steps {step + 1}")  # the lock is gone too
-    assert load_file("run/last.pt")["step"] == step + 1
 
 
 def test_flags_that_would_make_a_resumed_run_another_one_are_refused(
-    project, tiny, capsys, garments
+    project, tiny, refused, garments
 ):
     run_in_process(f"train.py {SHORT} --steps 2")
-    before = Path("runs/train/last.pt").read_bytes()
-
-    def refused(line):
-        capsys.readouterr()
-        run_in_process(line, expect=2)
-        return last_line(capsys.readouterr().err)
-
     resume = "train.py --resume --steps 3"
     message = "runs/train/last.pt is of another run: "
-    assert message + "seed 0 there, 1 here" in refused(f"{resume} --seed 1")
-    assert message + "batch_size 8 there, 4 here" in refused(f"{resume} --batch-size 4")
-    assert message + "holdout 0.0 there, 0.2 here" in refused(f"{resume} --holdout 0.2")
-    assert message + "mirror True there, False here" in refused(f"{resume} --no-mirror")
+    assert message + "seed was 0, now 1" in refused(f"{resume} --seed 1")
+    assert message + "batch_size was 8, now 4" in refused(f"{resume} --batch-size 4")
+    assert message + "holdout was 0.0, now 0.2" in refused(f"{resume} --holdout 0.2")
+    assert message + "mirror was True, now False" in refused(f"{resume} --no-mirror")
     line = "finetune_mrar.py --out runs/train --resume --steps 3 --refs 4"
-    assert message + "refs 1 there, 4 here" in refused(line)
+    assert message + "refs was 1, now 4" in refused(line)
     assert "--steps 1: this run has done 2 already" in refused("train.py --resume --steps 1")
+    assert "runs/train/last.pt exists: --resume continues" in refused(f"train.py {SHORT}")
     encode("other", 255 - garments[0], garments[1] // 4, ["garment 0", "garment 1", "garment 2"])
-    assert "is of other images than other has" in refused(f"{resume} --data other")
-    assert Path("runs/train/last.pt").read_bytes() == before
-
-    Path("runs/train/last.pt").unlink()
-    assert refused(resume) == "train.py: runs/train/last.pt: No such file or directory"
+    assert "was trained on other images than other has" in refused(f"{resume} --data other")
 
 
-def test_other_changes_of_a_resumed_run_are_answered_by_one_line_each(project, tiny, capsys):
-    run_in_process(f"train.py {SHORT} {CONSTANT_LR} --steps 1")
-    capsys.readouterr()
+def test_other_changes_of_a_resumed_run_are_answered_by_one_line_each(project, tiny, run):
+    run(f"train.py {SHORT} {CONSTANT_LR} --steps 1")
     Path("cache").rename("moved")
-    run_in_process("train.py --resume --steps 2 --lr 0.004 --data moved --seed 0")
-    out = capsys.readouterr().out.splitlines()
     rest = "the rest of the run follows the new value"
-    answers = [line for line in out if rest in line]
-    changes = ["steps 1 there, 2 here", "lr 0.002 there, 0.004 here"]
-    assert sorted(answers) == sorted(f"runs/train: {change}; {rest}" for change in changes)
-    assert column("runs/train", "lr") == ["0.002", "0.004"]
-    run_in_process("train.py --resume --steps 3")
+
+    def answers(flags):
+        lines = run(f"train.py --resume {flags}").out.splitlines()
+        return {line.removesuffix(f"; {rest}") for line in lines if rest in line}
+
+    changes = {"runs/train: steps was 1, now 2", "runs/train: lr was 0.002, now 0.004"}
+    assert answers("--steps 2 --lr 0.004 --data moved --seed 0") == changes
+    answers("--steps 3")
     assert column("runs/train", "lr") == ["0.002", "0.004", "0.004"]
-    capsys.readouterr()
-    run_in_process("train.py --resume --epochs 1")
-    out = capsys.readouterr().out
-    assert f"epochs None there, 1 here; {rest}" in out
-    assert "steps 3 there" not in out
+    assert answers("--epochs 1") == {"runs/train: epochs was None, now 1"}
 
 
-def test_a_checkpoint_is_due_every_15_minutes(project, tiny, monkeypatch):
-    """The clock goes on by 10 minutes whenever it is read, which is at least once in a step."""
-    seconds = iter(range(0, 10**6, 600))
-    clock = SimpleNamespace(time=lambda: next(seconds), ctime=time.ctime)
-    monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(TransDiff, "forward", fail_in_step(6))
-    flags = f"{SHORT} --steps 99 --save-every 50"
-    with pytest.raises(ZeroDivisionError):
-        run_in_process(f"train.py {flags}")
-    assert load_file("runs/train/last.pt")["step"] >= 3
-    monkeypatch.setattr(train, "time", time)
-    monkeypatch.setattr(TransDiff, "forward", fail_in_step(6))
-    with pytest.raises(ZeroDivisionError):
-        run_in_process(f"train.py {flags} --out other")
-    assert not Path("other/last.pt").exists()
-
-
-def fail_in_step(step):
-    """TransDiff.forward that fails in its call number `step`, from 1."""
-    calls = iter(range(step - 1, -1, -1))
+@pytest.mark.parametrize("seconds,saved", [(0, [2, 4, 6, 7]), (100, [2, 6, 7])])
+def test_a_checkpoint_is_due_after_15_minutes_and_20_times_what_the_last_took(
+    seconds, saved, project, tiny, monkeypatch
+):
+    """A step takes 10 minutes."""
+    clock = SimpleNamespace(now=0, monotonic=lambda: clock.now)
+    steps = []
 
     def forward(net, *args, **kwargs):
-        1 / next(calls)
+        clock.now += 600
         return net.loss(*args, **kwargs)
 
-    return forward
+    def save(out, info, *others):
+        clock.now += seconds
+        steps.append(info["step"])
+
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "save", save)
+    monkeypatch.setattr(TransDiff, "forward", forward)
+    run_in_process(f"train.py {SHORT} --steps 7 --save-every 50")
+    assert steps == saved
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, tiny, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, tiny, run):
     flags = "--data cache --batch-size 8 --sample-every 0 --log-every 50 --steps 9 --save-every 1"
-    run_in_process(f"train.py {flags} --lr 1e18 --warmup 0", expect=2)
-    message = r"the gradient of step \d+ is not finite; --resume with a smaller --lr"
-    assert re.search(message, last_line(capsys.readouterr().err))
+    message = last_line(run(f"train.py {flags} --lr 1e18 --warmup 0", expect=2).err)
+    assert re.search(r"gradient of step \d+ is not finite; --resume with a smaller --lr", message)
     last = load_file("runs/train/last.pt")
     assert last["step"] < 9 and all(torch.isfinite(v).all() for v in last["model"].values())
 
 
-def test_chains_of_16_are_resumed_without_naming_their_length(project, tiny, capsys, garments):
+def test_chains_of_16_are_resumed_without_naming_their_length(project, tiny, run, garments):
     np.savez("images.npz", images=garments[0], labels=garments[1] // 5)  # 30 of each class
     flags = "--data images.npz --vae vae.pt --batch-size 2 --sample-every 0 --steps 1"
-    run_in_process(f"train.py {flags}")
-    run_in_process(f"finetune_mrar.py {flags} --refs 16")
-    capsys.readouterr()
-    run_in_process("finetune_mrar.py --resume --steps 2")
-    out = capsys.readouterr().out
+    run(f"train.py {flags}")
+    run(f"finetune_mrar.py {flags} --refs 16")
+    out = run("finetune_mrar.py --resume --steps 2").out
     assert "2 steps of 2 chains of 16" in out and "from step 1" in out
-    run_in_process("train.py --resume --steps 3 --out runs/mrar")
-    assert "3 steps of 2 chains of 16" in capsys.readouterr().out
+    out = run("train.py --resume --steps 3 --out runs/mrar").out
+    assert "3 steps of 2 chains of 16" in out
 
 
 # -------------------------------------------------------------------------------- several processes
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 
 
 def start(argv, folder, env={}, name="0"):
@@ -700,13 +705,6 @@ def start(argv, folder, env={}, name="0"):
     process = forks.Process(target=run_script, args=(argv, folder, env, *streams))
     process.start()
     return process
-
-
-def wait_until(condition, process, seconds=60):
-    deadline = time.time() + seconds
-    while not condition():
-        assert process.is_alive() and time.time() < deadline
-        time.sleep(0.05)
 
 
 def run_on_two_ranks(line, folder, script=None, expect=(0, 0)):
@@ -750,77 +748,46 @@ vae.PART = 16
 init = train.dist.init_process_group
 def init_after_encoding(*args, **kwargs):
     assert list(Path("runs").glob("latents-*/cache.json")), "not encoded yet"
-    assert args == ("gloo",)  # a build for CUDA would pick NCCL, also for CPUs
+    assert args == ("gloo",) and kwargs["device_id"] is None
+    assert kwargs["timeout"].total_seconds() == 1800
     init(*args, **kwargs)
 train.dist.init_process_group = init_after_encoding
 """
 
 
-def test_two_processes_encode_images_before_they_form_a_group(project, command, monkeypatch):
+def test_two_processes_encode_images_before_they_form_a_group(project, command):
     """A group has a time-out, and encoding ImageNet takes longer."""
     flags = "--data images.npz --vae vae.pt --batch-size 8 --steps 1 --sample-every 0 --device cpu"
     script = patched(ENCODE_IN_PARTS)
-    out, _ = command(f"train.py {flags}", launcher=(*TORCHRUN, str(script)))
+    torchrun = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 --standalone {script}"
+    out, _ = command(f"train.py {flags}", launcher=torchrun.split())
     assert out.count("wrote 60 of 60 images") == 1
     (cache,) = Path("runs").glob("latents-images-32-*")
     assert len(list(cache.glob("0*.npy"))) == 4
-    monkeypatch.setattr(vae, "PART", 16)
-    encode_images(open_images("images.npz", 32), load_vae("vae.pt"), "alone")
-    for path in Path("alone").glob("*.npy"):
-        assert path.read_bytes() == (cache / path.name).read_bytes(), path.name
 
 
 # --------------------------------------------------------------------------- images and their cache
 
 
-def test_other_images_or_another_vae_are_encoded_anew(project, tiny, garments, capsys):
+def test_other_images_or_another_vae_are_encoded_anew(project, tiny, garments, run):
     """train.py takes a cache of its own again for the same images and VAE alone, and says so."""
     flags = "--data images.npz --vae vae.pt --batch-size 8 --sample-every 0 --steps 1"
 
     def caches_after(out):
-        run_in_process(f"train.py {flags} --out {out}")
-        return len(list(project.glob("latents-images-32-*")))
+        printed = run(f"train.py {flags} --out {out}")
+        assert ("encoding" in printed.err) == (out != "again")
+        return len(list(project.glob("latents-images-32-*"))), printed.out
 
-    assert caches_after("first") == 1
-    capsys.readouterr()
-    assert caches_after("again") == 1 and "encoding" not in capsys.readouterr().err
-    np.savez("images.npz", images=255 - garments[0], labels=garments[1])
-    assert caches_after("other") == 2
-    save_small_vae("vae.pt", seed=1)
-    assert caches_after("third") == 3
-    (project / "first").rename(project / "moved")  # a run's folder has its own copy of the VAE
-    run_in_process("sample.py --ckpt moved --n 1 --steps 1")
-    capsys.readouterr()
-    run_in_process("sample.py --ckpt moved --vae vae.pt --n 1 --steps 1", expect=2)
-    assert "--vae vae.pt: not the VAE of this model's latents" in capsys.readouterr().err
-    (project / "moved" / "vae.pt").unlink()
-    run_in_process("sample.py --ckpt moved --n 1 --steps 1", expect=2)
-    assert "demo/vae.pt: not the VAE of this model's latents" in capsys.readouterr().err
-
-
-def test_pictures_replaced_under_the_same_names_are_encoded_anew(project, tiny, capsys):
-    flags = "--data photos --vae vae.pt --batch-size 4 --sample-every 0 --steps 1"
-
-    def train_on(colour, out):
-        """Mean latents that the run was trained on, and the line that says where they are from."""
-        for i in range(8 if colour else 0):
-            path = Path("photos", "ab"[i % 2], f"{i}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (32, 32), colour).save(path)
-        capsys.readouterr()
-        run_in_process(f"train.py {flags} --out runs/{out}")
-        (line,) = re.findall("latents from (.*), of (.*)", capsys.readouterr().out)
-        cache = LatentCache(line[0])
-        return cache.moments(np.arange(8), np.zeros(8, int)).astype(float).mean(), *line
-
-    white, old, _ = train_on("white", "first")
-    black, new, _ = train_on("black", "second")
-    assert old != new and abs(white - black) > 1e-3
-    # The same pictures: the cache is taken again, and its date is said.
+    assert caches_after("first")[0] == 1
+    (cache,) = project.glob("latents-images-32-*")
     long_ago = time.mktime((2020, 2, 20, 20, 20, 20, 0, 0, -1))
-    os.utime(Path(new, "cache.json"), (long_ago, long_ago))
-    again, path, date = train_on(None, "third")
-    assert again == black and path == new and "Feb 20 20:20:20 2020" in date
+    os.utime(cache / "cache.json", (long_ago, long_ago))
+    count, out = caches_after("again")
+    assert count == 1 and "Feb 20 20:20:20 2020" in out
+    np.savez("images.npz", images=255 - garments[0], labels=garments[1])
+    assert caches_after("other")[0] == 2
+    save_small_vae("vae.pt", seed=1)
+    assert caches_after("third")[0] == 3
 
 
 def test_a_run_that_starts_anew_takes_the_vae_of_its_own_latents(project, tiny, garments):
@@ -834,13 +801,13 @@ def test_a_run_that_starts_anew_takes_the_vae_of_its_own_latents(project, tiny, 
     assert Path("runs/train/vae.pt").read_bytes() == Path("vae.pt").read_bytes()
 
 
-def test_no_mirror_is_remembered_by_resume_and_by_stage_2(project, tiny, capsys):
+def test_no_mirror_is_remembered_by_resume_and_by_stage_2(project, tiny, run):
     """The mirror images of this cache are NaN: who reads one is stopped."""
     part = np.load("cache/00000.npy")
     part[:, 1] = np.nan
     np.save("cache/00000.npy", part)
-    run_in_process(f"train.py {SHORT} --steps 1 --out mirrored", expect=2)
-    assert "step 1 is not finite" in last_line(capsys.readouterr().err)
+    err = run(f"train.py {SHORT} --steps 1 --out mirrored", expect=2).err
+    assert "step 1 is not finite" in err
     run_in_process(f"train.py {SHORT} --steps 2 --no-mirror --holdout 0.2")
     run_in_process("train.py --resume --steps 4 --sample-every 1")
     assert all(float(loss) > 0 for loss in column("runs/train", "holdout_loss")[2:])
@@ -851,85 +818,71 @@ def test_no_mirror_is_remembered_by_resume_and_by_stage_2(project, tiny, capsys)
 # ----------------------------------------------------------------- classes without images, held out
 
 
-def test_classes_without_images_are_named_and_never_drawn(project, tiny, garments, capsys):
+def test_classes_without_images_are_named_and_never_drawn(project, tiny, garments, run, refused):
     """Labels 1 to 3: there is a class 0, without images."""
     labels = np.minimum(garments[1] // 3 + 1, 3)
     encode("gap", garments[0], labels, ["0", "1", "2", "3"])
-    run_in_process("train.py --data gap --batch-size 8 --steps 1")
-    assert "1 of 4 classes have no images: 0\n" in capsys.readouterr().out
+    out = run("train.py --data gap --batch-size 8 --steps 1").out
+    assert "1 of 4 classes have no images: 0\n" in out
     height = Image.open("runs/train/samples-0000001.png").height
     assert 3 * 64 <= height < 4 * 64  # three rows of images, each 32 px enlarged twice
-    run_in_process("finetune_mrar.py --batch-size 4 --steps 1")
-    assert "1 of 4 classes have no chain of 4: 0\n" in capsys.readouterr().out
-    for run in ("runs/train", "runs/mrar/ema.pt"):
-        run_in_process(f"sample.py --ckpt {run} --num 6 --refs 1 --steps 1 --out s.npz")
+    out = run("finetune_mrar.py --batch-size 4 --steps 1").out
+    assert "1 of 4 classes have no chain of 4: 0\n" in out
+    for ckpt in ("runs/train", "runs/mrar/ema.pt"):
+        run(f"sample.py --ckpt {ckpt} --num 6 --refs 1 --steps 1 --out s.npz")
         assert np.load("s.npz")["arr_1"].tolist() == [1, 2, 3] * 2
         Path("s.npz").unlink()
-        capsys.readouterr()
-        run_in_process(f"sample.py --ckpt {run} --class 0", expect=2)
         message = "--class 0: this model was trained on the classes 1, 2, 3"
-        assert message in last_line(capsys.readouterr().err)
+        assert message in refused(f"sample.py --ckpt {ckpt} --class 0")
 
 
-def test_a_class_emptied_by_holdout_is_one_without_images(project, tiny, garments, capsys):
-    _, held_out = split(np.zeros(60, int), 0.2)
-    labels = np.zeros(60, int)
-    labels[held_out[0]] = 1
+KEPT, HELD_OUT = split(np.zeros(60, int), 0.2)
+
+
+@pytest.mark.parametrize("rare,missing", [(HELD_OUT[:1], "images"), (KEPT[:3], "chain of 4")])
+def test_classes_without_images_to_train_on_are_named_and_refused(
+    rare, missing, project, tiny, garments, run, refused
+):
+    labels = np.isin(np.arange(60), rare).astype(int)
     encode("rare", garments[0], labels, ["common", "rare"])
-    run_in_process("train.py --data rare --batch-size 8 --steps 1 --sample-every 0 --holdout 0.2")
-    assert "1 of 2 classes have no images: rare\n" in capsys.readouterr().out
-    run_in_process("sample.py --ckpt runs/train --class rare", expect=2)
-    assert "trained on the classes common" in last_line(capsys.readouterr().err)
+    flags = "--batch-size 4 --steps 1 --sample-every 0"
+    runs = {"runs/train": run(f"train.py --data rare {flags} --holdout 0.2").out}
+    runs["runs/mrar"] = run(f"finetune_mrar.py {flags}").out
+    for name, out in runs.items():
+        absent = "images" if name == "runs/train" else "chain of 4"
+        if absent == missing or name == "runs/mrar":
+            assert f"1 of 2 classes have no {absent}: rare\n" in out
+            message = "--class rare: this model was trained on the classes common"
+            assert message in refused(f"sample.py --ckpt {name} --class rare")
+        else:
+            assert "classes have no" not in out
+            run(f"sample.py --ckpt {name} --class rare --n 1 --steps 1")
+    message = refused("finetune_mrar.py --steps 1 --refs 64 --out other")
+    assert "no class has 64 images to train on" in message
 
 
 def test_classes_too_small_to_be_held_out_are_left_out_of_the_held_out_loss(
-    project, tiny, garments, capsys
+    project, tiny, garments
 ):
     """Class b has 4 images to train on and one held out: no chain of 4 to be measured."""
-    kept, held_out = split(np.zeros(60, int), 0.2)
-    labels = np.zeros(60, int)
-    labels[[*kept[:4], held_out[0]]] = 1
-    assert len(held_out) > 4
+    labels = np.isin(np.arange(60), [*KEPT[:4], HELD_OUT[0]]).astype(int)
     encode("small", garments[0], labels, ["a", "b"])
     flags = "--batch-size 4 --steps 1 --sample-every 1"
     run_in_process(f"train.py --data small {flags} --holdout 0.2")
     run_in_process(f"finetune_mrar.py {flags}")  # with the holdout of stage 1
     (loss,) = column("runs/mrar", "holdout_loss")
-    assert float(loss) > 0
-
-    # With one image less, class b has no chain to train on: one line names it.
-    labels[kept[0]] = 0
-    encode("smaller", garments[0], labels, ["a", "b"])
-    capsys.readouterr()
-    run_in_process(f"finetune_mrar.py {flags} --data smaller --out m")
-    assert "1 of 2 classes have no chain of 4: b\n" in capsys.readouterr().out
-    assert load_checkpoint("m").info["empty"] == [1]
-
-
-def test_classes_too_small_for_a_chain_are_left_out_of_stage_2(project, tiny, garments, capsys):
-    encode("small", garments[0], np.arange(60) // 57, ["many", "few"])
-    run_in_process("train.py --data small --batch-size 8 --steps 1 --sample-every 0")
-    assert "no images" not in capsys.readouterr().out
-    run_in_process("finetune_mrar.py --batch-size 4 --steps 1")  # draws samples too
-    assert "1 of 2 classes have no chain of 4: few\n" in capsys.readouterr().out
-    run_in_process("sample.py --ckpt runs/train --class few --n 1 --steps 1")
-    run_in_process("sample.py --ckpt runs/mrar --class few", expect=2)
-    message = "--class few: this model was trained on the classes many"
-    assert message in last_line(capsys.readouterr().err)
-    run_in_process("finetune_mrar.py --steps 1 --refs 64 --out other", expect=2)
-    assert "no class has 64 images to train on" in last_line(capsys.readouterr().err)
+    assert float(loss) > 0 and load_checkpoint("runs/mrar").info["empty"] == []
 
 
 def test_a_holdout_without_a_chain_has_no_loss_and_one_of_all_is_refused(
-    project, tiny, garments, capsys
+    project, tiny, garments, refused
 ):
     encode("few", garments[0][:9], garments[1][:9], ["a", "b"])
     flags = "train.py --data few --batch-size 3 --steps 1 --sample-every 1 --holdout"
     run_in_process(f"{flags} 0.01")
     assert column("runs/train", "holdout_loss") == [""]
-    run_in_process(f"{flags} 1 --out all", expect=2)
     message = "no class has 1 images to train on (--holdout 1.0)"
-    assert message in last_line(capsys.readouterr().err)
+    assert message in refused(f"{flags} 1 --out all")
 
 
 def test_the_loss_of_held_out_images_is_logged_and_does_not_depend_on_a_stop(project, tiny):
@@ -941,80 +894,43 @@ def test_the_loss_of_held_out_images_is_logged_and_does_not_depend_on_a_stop(pro
     assert [bool(value) for value in whole] == [False, True, False, True]  # with the pictures
     assert float(whole[3]) > 0 and stopped[1] == whole[1] and stopped[3] == whole[3]
     assert column("whole", "loss") == column("stopped", "loss")
-    # It always has the same draws: of weights that stay, it stays.
-    run_in_process(f"train.py {flags} --sample-every 1 --steps 2 --lr 0 --out still")
-    first, second = column("still", "holdout_loss")
-    assert first == second
 
 
 # ---------------------------------------------------------------------------- starting from a model
 
 
-def test_init_gives_a_class_the_embedding_of_its_name(project, tiny, garments, capsys):
+@pytest.mark.parametrize("init", ["runs/train", "runs/train/last.pt"])
+def test_init_gives_a_class_the_ema_embedding_of_its_name(init, project, tiny, garments, run):
     """The learning rate is 0: the weights after a step are those before it."""
-    run_in_process(f"train.py {SHORT} --steps 1 --seed 1")
+    run(f"train.py {SHORT} --steps 1 --seed 1")
     old = load_file("runs/train/last.pt")["model_ema"]["ar.class_embedding.weight"]
-
-    def start_from(init, data, classes):
-        if not Path(data).exists():
-            encode(data, garments[0], garments[1] % len(classes), classes)
-        capsys.readouterr()
-        flags = "--steps 1 --batch-size 8 --sample-every 0 --lr 0"
-        run_in_process(f"train.py --init {init} --data {data} {flags} --out new")
-        rows = weights("new/last.pt")["ar.class_embedding.weight"]
-        shutil.rmtree("new")
-        lines = [line for line in capsys.readouterr().out.splitlines() if str(init) in line]
-        return rows, lines
-
-    # As many classes, of other names and in another order.
-    rows, lines = start_from("runs/train", "other", ["garment 2", "bag", "garment 0"])
-    assert torch.equal(rows[0], old[2]) and torch.equal(rows[2], old[0])
-    assert not (rows[1] == old).all(dim=1).any()
-    path = "runs/train/last.pt"
-    assert lines == [f"{path}: class embeddings matched by name; new: bag"]
-    # More classes.
-    rows, lines = start_from(path, "more", ["bag", "garment 1", "car", "garment 0"])
+    encode("other", garments[0], garments[1] % 4, ["bag", "garment 1", "car", "garment 0"])
+    flags = "--steps 1 --batch-size 8 --sample-every 0 --lr 0 --out new"
+    out = run(f"train.py --init {init} --data other {flags}").out
+    rows = weights("new/last.pt")["ar.class_embedding.weight"]
     assert torch.equal(rows[1], old[1]) and torch.equal(rows[3], old[0])
-    assert lines == [f"{path}: class embeddings matched by name; new: bag, car"]
-    # The same classes: nothing to tell.
-    rows, lines = start_from(path, "cache", [])
-    assert torch.equal(rows, old) and lines == []
-    # A file without names: by index, if there are as many.
-    nameless = {k: v for k, v in load_file(path).items() if k not in ("classes", "args")}
-    torch.save(nameless, "nameless.pt")
-    rows, lines = start_from("nameless.pt", "other", [])
-    assert torch.equal(rows, old) and lines == []
-    rows, lines = start_from("nameless.pt", "more", [])
-    assert len(rows) == 4
-    assert lines == [
-        "nameless.pt: class embeddings matched by name; new: bag, garment 1, car, garment 0"
-    ]
+    assert "runs/train/last.pt: class embeddings matched by name; new: bag, car\n" in out
 
 
-def test_stage_2_takes_its_size_from_stage_1(project, capsys, monkeypatch):
+def test_stage_2_takes_its_size_from_stage_1(project, run, monkeypatch):
     small = dataclasses.replace(SIZES["XS"], width=64, heads=2, ar_depth=2, dit_depth=2)
     monkeypatch.setitem(model.SIZES, "B", small)
-    run_in_process(f"train.py {SHORT} --steps 1 --size B")
-    capsys.readouterr()
-    run_in_process(f"finetune_mrar.py {SHORT} --steps 1")
-    assert "TransDiff-B: " in capsys.readouterr().out
+    run(f"train.py {SHORT} --steps 1 --size B")
+    assert "TransDiff-B: " in run(f"finetune_mrar.py {SHORT} --steps 1").out
     assert load_file("runs/mrar/ema.pt")["config"]["width"] == 64
-    run_in_process(f"finetune_mrar.py {SHORT} --steps 1 --size XS --out other", expect=2)
-    message = "runs/train/last.pt: not a usable start of this model"
-    assert message in last_line(capsys.readouterr().err)
+    err = run(f"finetune_mrar.py {SHORT} --steps 1 --size XS --out other", expect=2).err
+    assert "runs/train/last.pt: not a usable start of this model" in last_line(err)
 
 
-def test_the_wrong_vae_for_init_is_found_before_images_are_encoded(project, capsys):
+@pytest.mark.weights
+def test_the_wrong_vae_for_init_is_found_before_images_are_encoded(project, refused):
     """ema.pt does not know its images, so the bundled ones are taken, with the bundled VAE."""
     run_in_process(f"train.py {SHORT} --steps 1")
     save_small_vae("other.pt", seed=1)
     for data in ("--data images.npz --vae other.pt", ""):
-        capsys.readouterr()
         flags = f"{data} --steps 1 --batch-size 2"
-        run_in_process(f"finetune_mrar.py --init runs/train/ema.pt {flags}", expect=2)
         message = "--init runs/train/ema.pt: was trained on the latents of another VAE"
-        assert message in last_line(capsys.readouterr().err)
-        assert sorted(path.name for path in Path("runs").iterdir()) == ["train"]
+        assert message in refused(f"finetune_mrar.py --init runs/train/ema.pt {flags}")
 
 
 def test_only_decoder_trains_the_decoder_at_another_resolution(project, tiny):
@@ -1036,6 +952,19 @@ def test_only_decoder_trains_the_decoder_at_another_resolution(project, tiny):
 # ----------------------------------------------------------------------------------------- refusals
 
 
+def test_a_mistake_in_the_code_that_reads_images_or_the_cache_is_a_traceback(project, monkeypatch):
+    """It is neither "left out, not readable" nor a damaged cache."""
+    Path("photos/a").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save("photos/a/0.png")
+    with monkeypatch.context() as patch, pytest.raises(NameError, match="Image"):
+        patch.delattr(vae, "Image")  # of read_image
+        run_in_process("vae.py encode --data photos --vae vae.pt --out new")
+    cache = LatentCache("cache")
+    with monkeypatch.context() as patch, pytest.raises(NameError, match="np"):
+        patch.delattr(vae, "np")  # of open_part
+        cache.moments(np.zeros(1, int), np.zeros(1, int))
+
+
 @pytest.mark.parametrize("line,messages", [
     ("train.py --size B", ["latents: not there, not a latent", "vae.py encode --data SRC", "latents"]),
     ("finetune_mrar.py", ["--init runs/train: not there", "run train.py first"]),
@@ -1051,8 +980,6 @@ def test_only_decoder_trains_the_decoder_at_another_resolution(project, tiny):
     ("train.py --data cache --lr -1", ["--lr: -1: must be from 0"]),
     ("finetune_mrar.py --refs 5", ["--refs: invalid choice: 5"]),
 ])  # fmt: skip
-def test_missing_or_wrong_inputs_are_refused_with_the_remedy(line, messages, project, capsys):
-    run_in_process(line, expect=2)
-    error = last_line(capsys.readouterr().err)
+def test_missing_or_wrong_inputs_are_refused_with_the_remedy(line, messages, project, refused):
+    error = refused(line)
     assert all(message in error for message in messages), error
-    assert not Path("runs").exists()

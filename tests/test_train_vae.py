@@ -1,39 +1,20 @@
 """demo/train_vae.py and demo/train_features.py: networks of one's own images."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from test_vae import run  # noqa: F401
 
-sys.path.insert(0, str(ROOT / "demo"))
-import train_features  # noqa: E402
-import train_vae  # noqa: E402
-from model import load_file  # noqa: E402
-from vae import from_uint8, load_vae, sample_posterior  # noqa: E402
-
-SCRIPT = "demo/train_vae.py"
-TINY = f"{SCRIPT} --data s.npz --image-size 4 --batch-size 2"  # latents of 1 x 1: fast
-
-# python run.py STOP train_vae.py ...: checkpoints every 5 steps; STOP 1: Ctrl-C after the first.
-RUN = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-stop = int(sys.argv[1])
-sys.argv = sys.argv[2:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import train_features
 import train_vae
-train_vae.SAVE_EVERY = 5
-atomic_write = train_vae.atomic_write
-def write(path, f):
-    atomic_write(path, f)
-    if stop and path.name == "last.pt":
-        os.kill(os.getpid(), 2)
-train_vae.atomic_write = write
-train_vae.run_main(train_vae.main)
-"""
+from model import load_file
+from vae import from_uint8, load_vae, sample_posterior
+
+TINY = "train_vae.py --data s.npz --image-size 4 --batch-size 2"  # latents of 1 x 1: fast
 
 
 @pytest.fixture
@@ -47,47 +28,48 @@ def weights(path):
     return torch.cat([p.flatten().float() for p in load_file(path)["model"].values()])
 
 
-def test_a_vae_that_was_stopped_and_resumed_equals_one_that_was_not(command, tmp_path, noise):
-    (tmp_path / "run.py").write_text(RUN)
+def test_a_vae_that_was_stopped_and_resumed_equals_one_that_was_not(run, noise, monkeypatch):
+    """Ctrl-C comes after the checkpoint of step 5."""
+    monkeypatch.setattr(train_vae, "SAVE_EVERY", 5)
+    run(f"{TINY} --steps 8 --out whole.pt")
+    write = train_vae.atomic_write
 
-    def run(out, stop=0, more="", expect=0):
-        flags = f"{TINY} --steps 8 --out {out} {more}".split()[1:]
-        return command([tmp_path / "run.py", stop, ROOT / SCRIPT, *flags], expect)[1]
+    def write_and_stop(path, f):
+        write(path, f)
+        raise KeyboardInterrupt
 
-    run("whole.pt")
-    err = run("stopped.pt", stop=1, expect=130)
-    assert "Traceback" not in err and "train_vae.py: interrupted" in err
-    assert not (tmp_path / "stopped.pt").exists()
-    err = run("stopped.pt", more="--seed 1", expect=2)
+    stopped = f"{TINY} --steps 8 --out stopped.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_vae, "atomic_write", write_and_stop)
+        assert "train_vae.py: interrupted" in run(stopped, expect=130).err
+    assert not Path("stopped.pt").exists()
+    err = run(f"{stopped} --seed 1", expect=2).err
     assert "stopped.pt.partial: unfinished, of other images or flags" in err
-    err = run("stopped.pt")
+    err = run(stopped).err
     assert "5/8" in err and "0/8" not in err.replace("5/8", "")
-    assert not (tmp_path / "stopped.pt.partial").exists()
-    whole, stopped = (tmp_path / name for name in ("whole.pt", "stopped.pt"))
-    assert torch.equal(weights(whole), weights(stopped))
-    assert load_vae(whole).scale == load_vae(stopped).scale
+    assert not Path("stopped.pt.partial").exists()
+    assert torch.equal(weights("whole.pt"), weights("stopped.pt"))
+    assert load_vae("whole.pt").scale == load_vae("stopped.pt").scale
 
 
-def test_init_goes_on_from_a_finished_vae(command, tmp_path, noise):
-    command(f"{TINY} --steps 2 --out first.pt")
-    command(f"{SCRIPT} --data s.npz --init first.pt --steps 1 --lr 0.00001 --out next.pt")
-    first, new = (weights(tmp_path / name) for name in ("first.pt", "next.pt"))
-    assert 0 < (first - new).abs().max() < 1e-3
-    assert load_vae(tmp_path / "next.pt").image_size == 4
-    command(f"{TINY} --seed 1 --steps 1 --lr 0.00001 --out other.pt")
-    assert (first - weights(tmp_path / "other.pt")).abs().max() > 0.1
+def test_init_goes_on_from_a_finished_vae(run, noise):
+    run(f"{TINY} --steps 2 --out first.pt")
+    run("train_vae.py --data s.npz --init first.pt --steps 1 --lr 0.00001 --out next.pt")
+    first = weights("first.pt")
+    assert 0 < (first - weights("next.pt")).abs().max() < 1e-3
+    assert load_vae("next.pt").image_size == 4
+    run(f"{TINY} --seed 1 --steps 1 --lr 0.00001 --out other.pt")
+    assert (first - weights("other.pt")).abs().max() > 0.1
 
 
-def test_no_mirror_trains_no_mirror_images(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_no_mirror_trains_no_mirror_images(run, monkeypatch):
     left = np.tile(np.uint8([255, 255, 0, 0]), (8, 4, 1))  # its left half is white
     np.savez("s.npz", images=left, labels=np.zeros(8, int))
     seen = []
     losses = train_vae.losses
     monkeypatch.setattr(train_vae, "losses", lambda vae, x: seen.append(x) or losses(vae, x))
     for flags, expected in (("--no-mirror --out a.pt", {1.0}), ("--out b.pt", {1.0, -1.0})):
-        monkeypatch.setattr(sys, "argv", f"{TINY} --steps 8 {flags}".split())
-        train_vae.main()
+        run(f"{TINY} --steps 8 {flags}")
         assert set(torch.cat(seen)[:, 0, 0, 0].tolist()) == expected
 
 
@@ -97,7 +79,7 @@ def test_a_trained_vae_says_what_it_is(command, tmp_path, garments):
         (tmp_path / "tree" / f"class {label}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / "tree" / f"class {label}" / f"{i}.png")
     (tmp_path / "tree" / "class 0" / "bad.png").write_bytes(b"not an image")
-    out, err = command(f"{SCRIPT} --data tree --out own.pt --steps 4 --batch-size 8")
+    out, err = command(f"demo/train_vae.py --data tree --out own.pt --steps 4 --batch-size 8")
     vae = load_vae(tmp_path / "own.pt")
     assert f"scale of the latents {vae.scale:.4f}" in out and "mean error" in out
     assert "l1=" in err and Image.open(tmp_path / "own.png").size[0] > 500
@@ -107,22 +89,18 @@ def test_a_trained_vae_says_what_it_is(command, tmp_path, garments):
     assert latents.std().item() == pytest.approx(1, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        ("--lr 1e9 --steps 9", "the training diverged; remove v.pt.partial, try a smaller --lr"),
-        ("--image-size 6", "--image-size 6: must be a multiple of 4"),
-        ("--out s.npz", "--out s.npz: is there already"),
-        ("--out v.png", "--out v.png: is the name of the picture"),
-        ("--init s.npz", "s.npz: not a usable"),
-        ("--data nothing", "nothing: no such folder or .npz"),
-        ("--steps 0", "argument --steps: 0: must be from 1"),
-    ],
-)
-def test_bad_input_is_refused_in_one_line(command, tmp_path, noise, flags, message):
-    _, err = command(f"{TINY} --out v.pt {flags}", expect=2)
-    assert message in err.splitlines()[-1]
-    assert not (tmp_path / "v.pt").exists()
+@pytest.mark.parametrize("flags,message", [
+    ("--lr 1e9 --steps 9", "the training diverged; remove v.pt.partial, try a smaller --lr"),
+    ("--image-size 6", "--image-size 6: must be a multiple of 4"),
+    ("--out s.npz", "--out s.npz: is there already"),
+    ("--out v.png", "--out v.png: is the name of the picture"),
+    ("--init s.npz", "s.npz: not a usable"),
+    ("--data nothing", "nothing: no such folder or .npz"),
+    ("--steps 0", "argument --steps: 0: must be from 1"),
+])  # fmt: skip
+def test_bad_input_is_refused_in_one_line(run, noise, flags, message):
+    assert message in run(f"{TINY} --out v.pt {flags}", expect=2).err.splitlines()[-1]
+    assert not Path("v.pt").exists()
 
 
 @pytest.mark.parametrize("flags,expected", [("--no-mirror", {255}), ("", {0, 255})])

@@ -170,6 +170,7 @@ ENCODE = "vae.py encode --out x --vae vae.pt"
 MEASURE = f"fid.py --samples source.npz --net {DEMO}/features.pt"
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("line,message", [
     ("sample.py --class 1000", "--class 1000: this model was trained on the classes t-shirt, tr"),
     ("sample.py --refs 16", "refs 16: this model draws chains of 1 to 4 images"),

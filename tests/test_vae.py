@@ -225,6 +225,11 @@ def test_crop_keeps_the_centre_and_the_proportions():
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, 64:128] = 255  # the centre square is white
     assert center_crop(Image.fromarray(wide), 32)[:, 1:-1].min() > 250
+    square = Image.fromarray(noise(48, 48, 3))
+    bicubic = square.resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.array_equal(center_crop(square, 32), bicubic)
+    tall = wide.transpose(1, 0, 2).copy()
+    assert center_crop(Image.fromarray(tall), 32)[1:-1].min() > 250
     for height, width in ((33, 500), (500, 33), (32, 32), (31, 90), (7, 7)):
         assert center_crop(Image.fromarray(gradient(height, width)), 32).shape == (32, 32, 3)
 
@@ -365,6 +370,8 @@ def test_the_shape_of_a_vae_is_read_off_its_weights(tmp_path):
     assert (vae.scale, vae.image_size, vae.factor, vae.z_channels) == (0.7, 48, 2, 2)
     mean, logvar = vae.encode(torch.zeros(1, 3, 8, 8))
     assert mean.shape == logvar.shape == (1, 2, 4, 4) and vae.decode(mean).shape == (1, 3, 8, 8)
+    vae.quant_conv.bias[2:] = torch.tensor([-1e3, 1e3])
+    assert vae.encode(torch.zeros(1, 3, 8, 8))[1].aminmax() == (-30, 20)
 
 
 def test_the_file_of_the_papers_vae_loads_with_the_weights_of_its_loss(tmp_path):
@@ -403,6 +410,7 @@ def test_files_of_other_weights_are_not_a_vae(tmp_path, ckpt, message):
         load_vae(tmp_path / "f.pt")
 
 
+@pytest.mark.weights
 def test_the_vae_runs_in_float32_under_autocast():
     vae = load_vae(DEMO_VAE)
     x = from_uint8(open_images(DEMO_DATA, 32).images[:4].copy())
@@ -523,6 +531,7 @@ def test_a_killed_encoding_is_resumed_by_more_processes(photos, start, whole, ru
     assert "cache: is of other inputs or settings" in refused(other)
 
 
+@pytest.mark.weights
 def test_the_mean_error_of_a_good_vae_is_printed_without_a_warning(tmp_path, garments, run):
     np.savez(tmp_path / "s.npz", images=garments[0], labels=garments[1])
     out, _ = run(f"vae.py encode --data s.npz --vae {DEMO_VAE} --out cache")
@@ -535,6 +544,7 @@ def test_the_mean_error_of_a_good_vae_is_printed_without_a_warning(tmp_path, gar
     assert error == pytest.approx(np.abs(images / 127.5 - decoded / 127.5).mean(), rel=0.3)
 
 
+@pytest.mark.weights
 def test_the_bundled_images_bring_their_vae_however_their_path_is_written(monkeypatch):
     monkeypatch.chdir(DEMO_DATA.parent)
     images, vae = open_images_and_vae(DEMO_DATA.name, None, "cpu")
