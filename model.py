@@ -1056,14 +1056,6 @@ def pick_dtype(name, device, width):
     return name or ("bf16" if native else "fp32")
 
 
-def memory_of(device):
-    """Bytes of memory of a GPU; of a CPU, of the machine, shared by its processes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
-
-
 def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 

@@ -475,6 +475,14 @@ def memory_per_chain(config, batch_mul, only_decoder=False):
     return config.width * (dit if only_decoder else dit + ar)
 
 
+def memory_of(device):
+    """Bytes of memory of a GPU; of a CPU, of the machine, shared by its processes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
+
+
 def micro_batches_needed(batch_size, chain_bytes, num_params, memory):
     """Micro-batches per step: activations may fill half of the memory that weights leave free.
 

@@ -281,6 +281,8 @@ def read_image(path):
             image.getexif()  # keeps the orientation
             image.info.pop("exif", None)  # exif_transpose would write it back: odd entries fail
             image = ImageOps.exif_transpose(image)
+        except NameError:
+            raise  # a defect in the code
         except Exception:  # damaged metadata; the pixels are sound
             pass
         if image.mode in ("I", "F"):

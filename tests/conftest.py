@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # If there are more threads after all, those that wait do not spin for long; as in model.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+os.fsync = lambda fd: None  # no test is about a power cut
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
