@@ -25,16 +25,7 @@ from pathlib import Path
 
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import RANK, SIZES, WORLD, Sampling, TransDiff, UserError, atomic_write, autocast
-from model import (
-    bounded,
-    checkpoint_path,
-    derive_seed,
-    draw_t,
-    load_file,
-    lock,
-    make_parser,
-    memory_of,
-)
+from model import bounded, checkpoint_path, derive_seed, draw_t, load_file, lock, make_parser
 from model import pick_device, pick_dtype, read_checkpoint, run_main, say, shorten, user_file
 from vae import DEMO_DATA, LatentCache, encode_once, latents_to_images, load_vae, save_grid
 
