@@ -630,7 +630,7 @@ class TransDiff(nn.Module):
         refs        length of the chain, 0 to config.refs (default: config.refs)
         noise       [B, C, H, W], standard normal: every image of a chain starts from it, as in the
                     release (default: drawn by the noise_sampler)
-        references  latents [B, k, C, H, W], k <= refs: the first images of the chains
+        references  latents [B, k, C, H, W], k < refs: the first images of the chains
         noise_sampler, on_step, settings    of decode
         Returns the chain [B, refs, C, H, W].
         """
