@@ -496,11 +496,11 @@ def encode_moments(vae, images, device):
     """uint8 images [B, H, W, 3] -> float16 moments [B, 2, 2 z, h, w] of them and their mirrors."""
     x = from_uint8(images, device)
     views = [torch.cat(vae.encode(view), dim=1) for view in (x, x.flip(-1))]
-    moments = torch.stack(views, dim=1).half()
-    sound = x.flatten(1).isfinite().all(1)  # an image that cannot be read is NaN
-    if not moments[sound].isfinite().all():
+    moments = torch.stack(views, dim=1).half().cpu().numpy()
+    sound = np.isfinite(images).all((1, 2, 3))  # an image that cannot be read is NaN
+    if not np.isfinite(moments[sound]).all():
         raise UserError(f"{vae.path}: this VAE gives latents that are not finite in float16")
-    return moments.cpu().numpy()
+    return moments
 
 
 def encode_images(images, vae, out, workers=0, device="cpu"):
