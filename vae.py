@@ -613,6 +613,8 @@ class LatentCache:
             self.classes = self.info["classes"]
             self.labels = np.load(self.path / "labels.npy")
             self.row_shape = (channels, *side)
+            if num_images != len(self.labels):
+                raise ValueError(f"{len(self.labels)} labels, {num_images} images")
             self.parts = part_paths(self.path, -(-num_images // PART))
             for part in self.parts:
                 part.stat()
@@ -630,7 +632,8 @@ class LatentCache:
             rows = min(PART, len(self.labels) - number * PART)
             start = os.fstat(file.fileno()).st_size - 2 * rows * row_bytes  # after NumPy's header
             if not 0 < start < 4096:
-                raise UserError(f"{file.name}: not a usable latent cache, its size is wrong")
+                name = file.name
+                raise UserError(f"{self.path}: not a usable latent cache, {name} has another size")
             self.files[number] = file, start
         return self.files[number]
 
