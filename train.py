@@ -67,13 +67,13 @@ def split(labels, holdout):
     return np.flatnonzero(readable & ~held_out), np.flatnonzero(readable & held_out)
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False)  # hashable, for lru_cache
 class Chains(Dataset):
     """Item s is the batch of step s, chains of `refs` images of a class.
 
     An epoch uses each image at most once: images and chains are shuffled anew, and the images of a
     class that do not fill a chain are left out. The epochs follow each other as one list of chains.
-    Step s takes the next B of them, from number s B on; each process takes an equal part. The seed,
+    Step s takes chains s B to (s + 1) B - 1; each process takes an equal part. The seed,
     the step and the rank determine an item, so a run can resume at any step.
 
     Given the class, the images of a random chain are independent, so the best condition c_k is the
@@ -210,7 +210,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
     amp = autocast(device, args.dtype)
     out = Path(args.out)
     train_images, test_images = split(cache.labels, args.holdout)
-    refs = args.refs  # images to read for a chain
+    refs = args.refs  # images read per chain; args.refs: images in it, 4 for scales
     listed = None
     if args.chains == "scales":
         refs = 1  # `growing_scales` makes a chain of one image
@@ -257,7 +257,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
     first_step = 0
     log = []
     if last:
-        if not cache.info.items() <= last.items():  # an entry differs
+        if not cache.info.items() <= last.items():  # not a subset: an entry differs
             raise UserError(f"{out}/last.pt was trained on other images than {cache.path} has")
         model.load_state_dict(last["model"])
         ema.load_state_dict(last["model_ema"])
@@ -323,7 +323,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
         num_workers=args.workers,
         collate_fn=to_numpy,
     )
-    batches = iter(batches)  # workers have to fork before NCCL starts
+    batches = iter(batches)  # forks the workers, which use no GPU: before NCCL starts
     if WORLD > 1:  # the time-out: rank 0 may draw, or write a large checkpoint
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -347,11 +347,11 @@ def train(args, last=None, init=None, model_class=TransDiff):
         labels = torch.from_numpy(labels).split(micro_batch)
         mean_loss = 0.0
         for i, (m, y) in enumerate(zip(moments, labels)):
-            # DDP averages the gradients of the processes: once per step, with the last part.
+            # DDP averages the gradients of the processes: with the last part alone. Else unused.
             forward.require_backward_grad_sync = i == accumulate - 1
             latents = cache.latents(m, device, args.chains)
             y = y.to(device, non_blocking=True)
-            with amp:
+            with amp:  # forward is TransDiff.loss
                 loss = forward(latents, y, batch_mul=args.batch_mul, t_distribution=args.t)
             (loss / accumulate).backward()
             mean_loss += loss.detach() / accumulate
@@ -363,8 +363,8 @@ def train(args, last=None, init=None, model_class=TransDiff):
             )
         optimizer.step()
         optimizer.zero_grad()
-        # EMA warm-up, anew in each stage: a decay of 0.99 is reached at step 890, 0.998 at 4,490.
-        # The release's decay is constant.
+        # EMA warm-up, anew in each stage: 0.99 is reached at step 890; XS, 1,600 steps, ends at
+        # 0.994. The release's decay is constant.
         update_ema(ema, model, min(args.ema, (1 + step) / (10 + step)))
         if RANK > 0:
             continue
@@ -393,17 +393,18 @@ def train(args, last=None, init=None, model_class=TransDiff):
             )
             losses.clear()
         keep = is_due(args.keep_every, done, steps)
+        # At least every 15 minutes, unless saving would take more than 5 % of the time.
         late = time.monotonic() - saved > max(15 * 60, 20 * save_seconds)
         if late or keep or is_due(args.save_every, done, steps):
-            saved = time.monotonic()
+            save_start = time.monotonic()
             save(out, dict(info, step=done), model, ema, optimizer, flags, log)
             if keep:
                 shutil.copy(out / "ema.pt", out / f"ema-{done:07d}.pt")
-            save_seconds = time.monotonic() - saved
+            save_seconds = time.monotonic() - save_start
             saved = time.monotonic()
         if draw:
             draw_samples(ema, out, done, chains.empty, args.seed, amp, device)
-        if not losses:  # a row was written; saving and drawing do not count
+        if not losses:  # a row was written: saving and drawing since do not count
             started = time.monotonic()
 
     bar.close()
@@ -433,6 +434,7 @@ def warm_start(model, init, classes):
         grid = state["decoder.positions"].unflatten(1, (old.latent_size, -1)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=new.latent_size, mode="bicubic", align_corners=False)
         state["decoder.positions"] = grid.flatten(2).transpose(1, 2)
+    # A file without names (the release's): the same classes, if there are as many.
     names = init.entries.get("classes", classes if old.num_classes == new.num_classes else [])
     if names != classes:
         rows = model.ar.class_embedding.weight.clone()
@@ -495,7 +497,8 @@ def is_due(every, step, steps):
 
 @torch.no_grad()
 def holdout_loss(ema, held_out, chains, t_distribution, micro_batch, amp, device):
-    """Loss of the EMA weights on about 512 held-out images, always with the same images and draws.
+    """Loss of the EMA weights on about 512 held-out images (scales: 128 at 4 scales), always
+    the same images and draws.
 
     micro_batch  chains at once: as many as in training
     """
