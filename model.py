@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: OpenMP threads that wait shall not spin for long. With two programs on the same
-# cores this is 8 times as fast; alone it changes nothing.
+# cores this is 8 times as fast.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np  # noqa: E402
@@ -1046,8 +1046,8 @@ def pick_device(name=None):
 
 
 def pick_dtype(name, device, width):
-    """--dtype; default: bf16 where the hardware is fast at it. A CPU with AVX512-bf16 but without
-    AMX is for wide models alone: B is 2 to 3 times as fast as in fp32, XS half as fast."""
+    """--dtype; default: bf16 where the hardware is fast at it. On a CPU with AVX512-bf16 but no AMX
+    that is so for wide models alone: XS trains half as fast as in fp32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -518,7 +518,7 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
     twice = [name for name, count in Counter(images.classes).items() if count > 1]
     if twice:
         raise UserError(f"{images.path}: two classes have the name {shorten(twice)}; rename one")
-    if images.path.resolve() in out.resolve().parents:
+    if images.path.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"{out}: lies in the folder of images {images.path}; give another --out")
     lock_file = start_parts(out, record)  # noqa: F841 - until this function returns
     batch_size = max(1, min(32, 32 * 256**2 // math.prod(images.shape)))  # 6 GB

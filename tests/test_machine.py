@@ -115,7 +115,9 @@ def test_rows_of_a_cache_are_read_exactly_and_no_file_outlives_it(cache):
         assert opened() == []
     with open(part, "ab") as f:
         f.write(b"surplus" * 1000)
-    with pytest.raises(UserError, match="cache: not a usable latent cache, .*00000.npy has another size"):
+    with pytest.raises(
+        UserError, match="cache: not a usable latent cache, .*00000.npy has another size"
+    ):
         LatentCache("cache").moments(indices, flips)
 
 
@@ -209,6 +211,8 @@ def test_results_inside_the_images_and_two_classes_of_one_name_are_refused(cache
     save_images(Path("photos"), ["a/0.png", "b/0.png"])
     message = refused(f"train.py --data photos --vae vae.pt {FAST} --out photos/runs/one")
     assert "lies in the folder of images photos" in message
+    message = refused("vae.py encode --data photos --vae vae.pt --out photos")
+    assert "photos: lies in the folder of images photos" in message
     arrays = dict(images=np.arange(192, dtype=np.uint8).reshape(3, 8, 8), labels=[0, 1, 2])
     np.savez("cranes.npz", **arrays, classes=np.array([b"crane", b"dog", b"crane"]))
     message = refused("vae.py encode --data cranes.npz --vae vae.pt --out x")
