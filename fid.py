@@ -12,6 +12,7 @@ TorchScript file is a program that runs when it is loaded: name only networks th
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 # model comes before torch: it sets how OpenMP's threads wait.
@@ -149,6 +150,18 @@ def extract(net, images, workers, device, keep):
     return torch.cat(probs), features, mean_and_covariance(len(images), total, outer)
 
 
+def class_names(images):
+    """Class of each image, the first folder of its name; [] without classes."""
+    names = [name.replace("\\", "/").partition("/") for name in images.names]
+    return [folder for folder, slash, _ in names if folder and slash]
+
+
+def class_shares(images):
+    """{class: its part of the images}."""
+    names = class_names(images)
+    return {name: count / len(names) for name, count in Counter(names).items()}
+
+
 # -------------------------------------------------------------------------------- the stage
 def main():
     parser = make_parser(__doc__)
@@ -218,10 +231,22 @@ def main():
     if stats:
         result["frechet_distance" if args.net else "fid"] = frechet_distance(mu, sigma, *stats)
     known = getattr(net, "classes", [])  # of demo/train_features.py
-    labels = [samples.classes[k] for k in samples.labels]
-    if set(labels) <= set(known):  # matched by name
+    labels = class_names(samples)
+    if labels and set(labels) <= set(known):  # matched by name
         right = [known[k] == label for k, label in zip(p.argmax(1), labels)]
         result["accuracy"] = np.mean(right)
+
+    if reference:
+        ours = class_shares(samples)
+        theirs = class_shares(reference)
+        off = {k: theirs.get(k, 0) - ours.get(k, 0) for k in {**ours, **theirs}}
+        if ours and theirs and sum(map(abs, off.values())) > 0.1:
+            k = max(off, key=lambda k: abs(off[k]))
+            print(
+                f"warning: the sets differ in their classes, which counts as distance: {k} is "
+                f"{ours.get(k, 0):.1%} of the samples, {theirs.get(k, 0):.1%} of the reference",
+                file=sys.stderr,
+            )
 
     # -------- results
     name = args.net or "Inception"

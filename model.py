@@ -113,6 +113,9 @@ SIZES = {
         latent_size=8,
         dropout=0.0,
     ),
+    # Ours, for some thousands of images on one GPU. A fresh model takes what belongs to the data
+    # (classes, latents, length of c) from the data.
+    "S": Config(width=384, heads=6, ar_depth=12, dit_depth=6),
     # Appendix B; the heads are the release's.
     "B": Config(width=768, heads=12, ar_depth=24, dit_depth=12),
     "L": Config(width=1024, heads=16, ar_depth=32, dit_depth=16),
@@ -447,7 +450,8 @@ class Sampling:
         """Sampling with the settings that are not None. Another sampler brings its own steps."""
         given = {k: v for k, v in given.items() if v is not None}
         new = dataclasses.replace(self, **given)
-        unused = sorted(set(given) - set(new.used()))
+        changed = {k for k in given if given[k] != getattr(self, k)}
+        unused = sorted(changed - set(new.used()))
         if unused:
             raise UserError(f"{', '.join(unused)}: {new.sampler} has none; name another sampler")
         if new.sampler != self.sampler and "steps" not in given:
@@ -487,8 +491,8 @@ class TransDiff(nn.Module):
     (the paper writes "causal"), and c of `width` numbers per token (the paper: d f f).
 
     sampling  the Sampling that fits these weights
-    info      of a checkpoint: step, classes (names), empty (classes never trained), vae_digest,
-              chains (the flag)
+    info      of a checkpoint: step, classes (names), counts (images of each class in the training
+              set, 0: never trained), vae_digest, chains (the flag)
     """
 
     def __init__(self, config):
@@ -496,7 +500,8 @@ class TransDiff(nn.Module):
         self.config = config
         shape = (config.width, config.refs, config.latent_size)
         self.sampling = RELEASED_SAMPLING.get(shape, Sampling())
-        self.info = {"classes": [str(k) for k in range(config.num_classes)], "empty": []}
+        classes = [str(k) for k in range(config.num_classes)]
+        self.info = dict(classes=classes, counts=[1] * config.num_classes)
         self.ar = ARTransformer(config)
         self.cond_positions = nn.Parameter(torch.empty(1, config.cond_tokens, config.width))
         self.decoder = DiT(config)
@@ -553,9 +558,18 @@ class TransDiff(nn.Module):
         drop = torch.rand(len(labels), device=labels.device) < self.config.label_drop_prob
         return torch.where(drop, self.config.num_classes, labels)
 
-    def loss(self, latents, labels, t=None, noise=None, batch_mul=1, t_distribution="logit-normal"):
+    def loss(
+        self,
+        latents,
+        labels,
+        t=None,
+        noise=None,
+        batch_mul=1,
+        t_distribution="logit-normal",
+        reduce=True,
+    ):
         """Rectified-flow loss (Eq. 8): mean over the images of the chains and `batch_mul` draws of
-        (t, noise) for each.
+        (t, noise) for each; without `reduce` that of each draw, [B, M].
 
         latents  [B, refs, C, H, W]: chains of real images of one class, scaled to unit variance
         labels   int64 [B]; in training some become the null class, for guidance
@@ -574,7 +588,8 @@ class TransDiff(nn.Module):
         if self.config.refs > 1:
             _, cross_mask = attention_masks(self.config, x.device)  # image k: c_0 ... c_k
         v = self.decoder(x_t, t, keys_values, cross_mask)
-        return (v.float() - (eps - x)).square().mean()  # Eq. 5, 8, per number of the image
+        error = (v.float() - (eps - x)).square()  # Eq. 5, 8
+        return error.mean() if reduce else error.mean((2, 3, 4))  # per number of the image
 
     # DistributedDataParallel wraps forward. A subclass with its own loss repeats this line.
     forward = loss
@@ -587,7 +602,7 @@ class TransDiff(nn.Module):
         noise          [B, C, H, W], standard normal
         c_null         [B, K', width], condition of the null class (default: no guidance)
         noise_sampler  of euler_maruyama
-        on_step        called once per step of the sampler
+        on_step        on_step(t, x_t), called before each step of the sampler
         settings       of Sampling; those that are absent or None are taken from self.sampling
         Returns latents [B, C, H, W].
         """
@@ -597,7 +612,7 @@ class TransDiff(nn.Module):
 
         def guided_velocity(x, t):
             if on_step:
-                on_step()
+                on_step(t, x)
             x = x[:, None]
             t_ = torch.full((1, 1), t, device=x.device)
             v = self.decoder(x, t_, keys_values)[:, 0].float()
@@ -741,8 +756,13 @@ def config_from_shapes(state):
     )
 
 
+RELEASED = "B L H B-mrar L-mrar H-mrar L-512".split()
+
+
 def checkpoint_path(path, name="ema.pt"):
-    """The file that `path` names; of a run's folder its ema.pt."""
+    """The file that `path` names; of a run's folder its ema.pt; a name in RELEASED: fetched."""
+    if str(path) in RELEASED and not Path(path).exists():
+        return fetch_released(f"transdiff_{path.lower().replace('-', '_')}")
     return Path(path, name) if Path(path).is_dir() else Path(path)
 
 
@@ -784,10 +804,14 @@ def load_checkpoint(path, device="cpu", ema=True):
     ckpt = read_checkpoint(checkpoint_path(path), ema)
     with torch.device("meta"):
         model = TransDiff(ckpt.config)
+    if any(buffer.is_meta for buffer in model.buffers()):  # no file may hold its values
+        model = TransDiff(ckpt.config)
     with user_file(path, "TransDiff model"):
         model.load_state_dict(ckpt.weights, assign=True)
-    info = "step classes vae_digest empty chains".split()
+    info = "step classes vae_digest counts chains".split()
     model.info.update({k: v for k, v in ckpt.entries.items() if k in info})
+    for k in ckpt.entries.get("empty", []):  # of an older file, without counts
+        model.info["counts"][k] = 0
     model.sampling = dataclasses.replace(model.sampling, **ckpt.entries.get("sampling", {}))
     return model.to(device).eval().requires_grad_(False)
 
@@ -987,14 +1011,14 @@ def class_index(flag, word, model):
         return int(text) if text.isdecimal() else unicodedata.normalize("NFC", text)
 
     names = model.info["classes"]
-    empty = model.info["empty"]
+    counts = model.info["counts"]
     choices = [fold(name) for name in names]
     if not all(map(str.isdecimal, names)):  # else an index would be mistaken for a name
         choices += range(len(names))  # hence the remainder below
     key = fold(word)
     index = choices.index(key) % len(names) if key in choices else None
-    if index is None or index in empty:
-        trained = [name for k, name in enumerate(names) if k not in empty]
+    if index is None or not counts[index]:
+        trained = [name for name, count in zip(names, counts) if count]
         raise UserError(f"{flag} {word}: this model was trained on the classes {shorten(trained)}")
     return index
 
@@ -1085,8 +1109,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def make_parser(doc):
-    """Parser with the flags of all scripts."""
+def make_parser(doc, torchrun=False):
+    """Parser with the flags of all scripts; torchrun: whether several processes share the work."""
+    if WORLD > 1 and not torchrun:
+        raise UserError("runs as one process: start it without torchrun")
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)"

@@ -12,8 +12,18 @@ import shutil
 from pathlib import Path
 
 # model comes before torch: it sets how OpenMP's threads wait.
-from model import DEMO_MODEL, RANK, SAMPLERS, WORLD, UserError, atomic_write, autocast, bounded
-from model import cast_weights, checkpoint_path, class_index, fetch_released, load_checkpoint
+from model import (
+    DEMO_MODEL,
+    RANK,
+    RELEASED,
+    SAMPLERS,
+    WORLD,
+    UserError,
+    atomic_write,
+    autocast,
+    bounded,
+)
+from model import cast_weights, checkpoint_path, class_index, load_checkpoint
 from model import make_parser, missing_parts, part_paths, per_image_noise, pick_device, pick_dtype
 from model import run_main, sha256_prefix, shorten, start_parts, wait_until
 from vae import DEMO_VAE, latents_to_images, load_vae, save_grid
@@ -25,7 +35,7 @@ from tqdm import tqdm
 
 
 def parse():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, torchrun=True)
     add = parser.add_argument
     count = bounded(int, 1)
     # What to draw.
@@ -39,7 +49,13 @@ def parse():
     )
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--n", type=count, help="images of each class (default: 8)")
-    amount.add_argument("--num", type=count, help="images in all, the classes in turn, to an .npz")
+    amount.add_argument("--num", type=count, help="images in all, in a set: an .npz or a folder")
+    add(
+        "--balanced",
+        action=argparse.BooleanOptionalAction,
+        help="--num: equally many of each class, else in the proportions of the training set "
+        "(default: for 1,000 classes, as ImageNet is measured)",
+    )
     add("--show-chain", action="store_true", help="draw every image, a chain per row")
     add("--refs", type=count, help="images in the chain, the last is the result (default: all)")
     add("--seed", type=bounded(int, 0), default=0, help="image i depends on it and i (default: 0)")
@@ -66,8 +82,7 @@ def parse():
     # The model, the result, the machine.
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--ckpt", default=DEMO_MODEL, help="run, or file (default: the bundled)")
-    released = "B L H B-mrar L-mrar H-mrar L-512".split()
-    weights.add_argument("--pretrained", choices=released, help="the authors' weights and VAE")
+    weights.add_argument("--pretrained", choices=RELEASED, help="the authors' weights and VAE")
     add("--vae", help="VAE of the model (default: vae.pt beside it, else the bundled one)")
     add(
         "--out",
@@ -77,6 +92,16 @@ def parse():
     add("--batch-size", type=count, default=64, help="images drawn at once (default: 64)")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where it is fast)")
     return parser.parse_args()
+
+
+def in_turn(weights, num):
+    """`num` indices in proportion to the weights, in turn; 0 1 2 0 1 2 ... if these are equal.
+
+    Item j of index i comes at time (j + 1/2) / weights[i]: Webster's method.
+    """
+    most = int(num * weights.max() / weights.sum()) + 2
+    times = (np.arange(most)[:, None] + 0.5) / weights
+    return np.argsort(times, axis=None, kind="stable")[:num] % len(weights)
 
 
 def main():
@@ -96,14 +121,9 @@ def main():
         raise UserError(f"--out {out}: is there already; remove it or give another")
 
     # -------- model and VAE
-    if args.pretrained:
-        path = fetch_released(f"transdiff_{args.pretrained.lower().replace('-', '_')}")
-        vae_path = "kl16"
-    else:
-        path = checkpoint_path(args.ckpt)
-        vae_path = path.parent / "vae.pt"
-        if not vae_path.exists():
-            vae_path = DEMO_VAE
+    path = checkpoint_path(args.pretrained or args.ckpt)
+    beside = path.parent / "vae.pt"
+    vae_path = "kl16" if args.pretrained else beside if beside.exists() else DEMO_VAE
     model = load_checkpoint(path, device)
     given = {k: getattr(args, k) for k in vars(model.sampling)}
     model.sampling = model.sampling.replace(**given)
@@ -113,15 +133,17 @@ def main():
     cast_weights(model, dtype)
 
     # -------- labels
+    counts = np.array(model.info["counts"])
     if args.classes:
         classes = [class_index("--class", word, model) for word in args.classes]
     else:
-        classes = [k for k in range(model.config.num_classes) if k not in model.info["empty"]]
-        classes = classes if args.num else classes[:10]
+        classes = np.flatnonzero(counts)[: None if args.num else 10]
     names = np.array(model.info["classes"])
     labels = torch.tensor(classes, device=device)
     if args.num:
-        labels = labels[torch.arange(args.num) % len(labels)]
+        balanced = len(counts) == 1000 if args.balanced is None else args.balanced
+        weights = np.ones(len(classes)) if balanced else counts[classes]
+        labels = labels[in_turn(weights, args.num)]
     else:
         labels = labels.repeat_interleave(args.n or 8)
 
@@ -148,13 +170,14 @@ def main():
         )
         lock_file = start_parts(partial, inputs)  # noqa: F841 - until main returns
     images = []
+    on_step = lambda t, x_t: bar.update()
     total = len(mine) * refs * model.sampling.steps
     bar = tqdm(total=total, unit="step", delay=1, disable=RANK > 0)  # an early error prints no bar
     for i in mine:
         first = i * args.batch_size  # the seed and the number of a chain fix its noise
         noise_sampler = per_image_noise(args.seed, range(first, first + len(batches[i])))
         with torch.inference_mode(), autocast(device, dtype):
-            chain = model.sample(batches[i], refs, noise_sampler=noise_sampler, on_step=bar.update)
+            chain = model.sample(batches[i], refs, noise_sampler=noise_sampler, on_step=on_step)
             part = latents_to_images(vae, chain if args.show_chain else chain[:, -1])
         if is_set:
             atomic_write(paths[i], lambda f: np.save(f, part))

@@ -24,9 +24,10 @@ import time
 from pathlib import Path
 
 # model comes before torch: it sets how OpenMP's threads wait.
-from model import RANK, SIZES, WORLD, Sampling, TransDiff, UserError, atomic_write, autocast
-from model import bounded, checkpoint_path, derive_seed, draw_t, load_file, lock, make_parser
-from model import pick_device, pick_dtype, read_checkpoint, run_main, say, shorten, user_file
+from model import RANK, RELEASED, SIZES, WORLD, Config, Sampling, TransDiff, UserError, atomic_write
+from model import autocast, bounded, checkpoint_path, derive_seed, draw_t, load_file, lock
+from model import make_parser, pick_device, pick_dtype, read_checkpoint, run_main, say
+from model import sha256_prefix, shorten, user_file
 from vae import DEMO_DATA, LatentCache, encode_once, latents_to_images, load_vae, save_grid
 
 import numpy as np
@@ -38,32 +39,40 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # Default values of the flags with these names. Sources: epochs, lr, batch size: Appendix B; ema,
-# warmup, batch_mul, "only decoder" (512 px): the release; the rest, and XS: ours. warmup is a
-# fraction of the run: 1/8 of 800 epochs is the release's 100. batch_size counts chains, also in
-# MRAR, where the paper does not say what it counts.
-PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, sample_every=10_000, save_every=1_000)
-DEMO_RUN = dict(warmup=1 / 16, cooldown=1 / 2, ema=0.998, sample_every=500, save_every=100)
+# warmup, batch_mul, "only decoder" (512 px): the release; the rest is ours. warmup is a fraction of
+# the run: 1/8 of 800 epochs is the release's 100. batch_size counts chains, also in MRAR, where the
+# paper does not say what it counts.
+PAPER = dict(batch_size=2048, ema=0.9999, cooldown=0.0, save_every=1_000)
+OURS = dict(warmup=1 / 16, cooldown=1 / 2, ema=0.998, save_every=100)
+MANY_IMAGES = 200_000  # from here on the paper's recipe, else one for fewer images
 RECIPES = {
     "1-step": dict(PAPER, epochs=800, lr=8e-4, warmup=1 / 8, batch_mul=4),
     # The release keeps its weights in bf16 here, which rounds away most of the small updates:
     # another lr may suit float32.
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, batch_mul=2),
     "only decoder": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, batch_mul=4, ema=0.999),
-    "XS 1-step": dict(DEMO_RUN, steps=1600, lr=2e-3, batch_mul=1, batch_size=64),
-    "XS MRAR": dict(DEMO_RUN, steps=500, lr=1e-3, batch_mul=1, batch_size=16),
-    "XS only decoder": dict(DEMO_RUN, steps=500, lr=1e-3, batch_mul=1, batch_size=64),
+    # Fewer images: `steps`, or as many as `epochs` need if that is more. lr is that of S.
+    "few 1-step": dict(OURS, steps=5000, epochs=400, lr=1e-3, batch_mul=4, batch_size=256),
+    "few MRAR": dict(OURS, steps=500, epochs=40, lr=5e-4, batch_mul=2, batch_size=64),
+    "few only decoder": dict(OURS, steps=500, epochs=40, lr=5e-4, batch_mul=4, batch_size=256),
+    "XS 1-step": dict(OURS, steps=1600, epochs=10, lr=2e-3, batch_mul=1, batch_size=64),
+    "XS MRAR": dict(OURS, steps=500, epochs=3, lr=1e-3, batch_mul=1, batch_size=16),
+    "XS only decoder": dict(OURS, steps=500, epochs=3, lr=1e-3, batch_mul=1, batch_size=64),
 }
-XS_SAMPLING = Sampling("adams-bashforth", steps=8, cfg=2.25, null_refs=False, s1=1.0, s2=1.0)
+# Of XS, and of models of fewer images; the others have the released settings.
+OUR_SAMPLING = Sampling("adams-bashforth", steps=8, cfg=2.25, null_refs=False, s1=1.0, s2=1.0)
 WEIGHT_DECAY = 0.02  # Appendix B
 CLIP = 3.0  # norm of the gradient; the release
-COLUMNS = "step,epoch,loss,grad_norm,lr,images_per_second,memory_gb,holdout_loss"
+COLUMNS = "step,epoch,loss,grad_norm,lr,images_per_second,memory_gb,holdout_loss,seen_loss"
 
 
 # -------------------------------------------------------------------------------- chains of images
-def split(labels, holdout):
-    """(indices to train on, indices held out) of labels [N]: the same split in every run."""
-    held_out = np.random.default_rng(0).random(len(labels)) < holdout
-    readable = labels >= 0  # -1: the image could not be read
+def split(cache, holdout):
+    """(indices to train on, indices held out) of a cache: by a hash of each image's name, so that
+    an image stays on its side when others are added."""
+    hashes = [int(sha256_prefix(ascii(name).encode()), 16) for name in cache.names()]
+    held_out = np.array([h < holdout * 2**64 for h in hashes])
+    readable = cache.labels >= 0  # -1: the image could not be read
     return np.flatnonzero(readable & ~held_out), np.flatnonzero(readable & held_out)
 
 
@@ -140,7 +149,7 @@ def read_chains(path, cache, images, refs):
     """
     with user_file(path, "list of chains"):
         lines = Path(path).read_text().strip().split("\n")
-    names = json.loads((cache.path / "names.json").read_text())
+    names = cache.names()
     index = {os.path.splitext(names[i])[0]: i for i in images}
     chains = []
     absent = []
@@ -209,7 +218,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
     on_gpu = device.type == "cuda"
     amp = autocast(device, args.dtype)
     out = Path(args.out)
-    train_images, test_images = split(cache.labels, args.holdout)
+    train_images, test_images = split(cache, args.holdout)
     refs = args.refs  # images read per chain; args.refs: images in it, 4 for scales
     listed = None
     if args.chains == "scales":
@@ -219,8 +228,10 @@ def train(args, last=None, init=None, model_class=TransDiff):
     chains = Chains(
         cache, train_images, refs, args.batch_size, args.seed, args.mirror, RANK, WORLD, listed
     )
-    # Held-out chains are random even if --chains lists those to train on.
-    held_out = Chains(cache, test_images, refs, 512 // args.refs, 0, args.mirror)
+    # To evaluate: as many images of either part, in random chains even if --chains lists some.
+    fixed = dict(refs=refs, batch_size=512 // args.refs, seed=0, mirror=args.mirror)
+    held_out = Chains(cache, test_images, **fixed)
+    seen = Chains(cache, train_images, **fixed)
     if not chains.chains_per_epoch:
         raise UserError(
             f"--data {args.data}: no class has {refs} images to train on (--holdout {args.holdout})"
@@ -234,17 +245,22 @@ def train(args, last=None, init=None, model_class=TransDiff):
 
     # -------- model, EMA, optimizer: new, from --init, or as last.pt has them
     channels, latent_size, _ = cache.latent_shape
+    config = init.config if init else SIZES[args.size]
+    if not init:  # c has a token per position of the latents, at most as many as the size has
+        cond_tokens = min(config.cond_tokens, latent_size**2)
+        config = dataclasses.replace(config, cond_tokens=cond_tokens, class_tokens=cond_tokens // 4)
     config = dataclasses.replace(
-        SIZES[args.size],
+        config,
         refs=args.refs,
         num_classes=len(cache.classes),
         latent_channels=channels,
         latent_size=latent_size,
     )
+    config = Config(**last["config"]) if last else config
     torch.manual_seed(args.seed)
     model = model_class(config)
-    if args.size == "XS":
-        model.sampling = XS_SAMPLING
+    if args.size == "XS" or len(cache.labels) < MANY_IMAGES:
+        model.sampling = OUR_SAMPLING
     if args.chains == "scales":
         # The references show the image itself, so the null class sees them too.
         model.sampling = model.sampling.replace(null_refs=True)
@@ -288,15 +304,17 @@ def train(args, last=None, init=None, model_class=TransDiff):
         )
 
     # -------- stored in every checkpoint
+    not_saved = "out resume init vae device compile workers".split()
+    counts = np.bincount(cache.labels[cache.labels >= 0], minlength=len(cache.classes))
+    counts[chains.empty] = 0
     info = dict(
         cache.info,
         config=dataclasses.asdict(config),
         sampling=dataclasses.asdict(model.sampling),
         chains=args.chains,
-        empty=chains.empty.tolist(),
+        counts=counts.tolist(),
+        args={k: v for k, v in vars(args).items() if k not in not_saved},
     )
-    not_saved = "out resume init vae device compile workers".split()
-    flags = {k: v for k, v in vars(args).items() if k not in not_saved}
     if RANK == 0:
         lock_file = lock(out)  # noqa: F841 - until this function returns
         vae_bytes = (cache.path / "vae.pt").read_bytes()  # beside ema.pt, for sample.py
@@ -313,6 +331,12 @@ def train(args, last=None, init=None, model_class=TransDiff):
     say(
         f"{steps} steps of {args.batch_size} chains of {args.refs} in {accumulate} micro-batches, "
         f"from step {first_step}"
+    )
+    rate = learning_rate(first_step, steps, args.lr, args.warmup, args.cooldown)
+    was = f", was {optimizer.param_groups[0]['lr']:.2g}" if last else ""
+    say(
+        f"learning rate {rate:.2g}{was}, peak {args.lr:.3g}, warm-up {args.warmup:.3g}, cool-down "
+        f"{args.cooldown:.3g} of the run; EMA {args.ema:g}; batch_mul {args.batch_mul}"
     )
 
     # -------- the loop
@@ -331,6 +355,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
             device_id=device if on_gpu else None,
         )
     forward = parallelize(model, args.compile)
+    evaluate_every = args.sample_every or max(1, min(10_000, steps // 10))
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=RANK > 0)
     losses = []  # since the last row of the log
     started = saved = time.monotonic()
@@ -373,18 +398,19 @@ def train(args, last=None, init=None, model_class=TransDiff):
         done = step + 1
         bar.update()
         losses.append(mean_loss)
-        draw = is_due(args.sample_every, done, steps)
-        if draw or is_due(args.log_every, done, steps):
+        evaluate = is_due(evaluate_every, done, steps)
+        if evaluate or is_due(args.log_every, done, steps):
             loss = torch.stack(losses).mean().item()  # of rank 0
             images_per_second = (
                 len(losses) * args.batch_size * args.refs / (time.monotonic() - started)
             )
             memory = torch.cuda.max_memory_allocated() / 1e9  # 0 without a GPU
-            holdout = math.nan
-            if draw and held_out.chains_per_epoch:
-                holdout = holdout_loss(ema, held_out, args.chains, args.t, micro_batch, amp, device)
             row = [done, done / steps_per_epoch, loss, grad_norm.item(), lr]
-            row += [images_per_second, memory, holdout]
+            row += [images_per_second, memory]
+            for part in (held_out, seen):
+                evaluated = evaluate and held_out.chains_per_epoch
+                how = (args.chains, args.t, micro_batch, amp, device)
+                row.append(ema_loss(ema, part, *how) if evaluated else math.nan)
             log.append(",".join(f"{x:.7g}" for x in row).replace("nan", ""))
             text = "\n".join([COLUMNS, *log, ""])
             atomic_write(out / "log.csv", lambda f: f.write(text.encode()))
@@ -397,13 +423,13 @@ def train(args, last=None, init=None, model_class=TransDiff):
         late = time.monotonic() - saved > max(15 * 60, 20 * save_seconds)
         if late or keep or is_due(args.save_every, done, steps):
             save_start = time.monotonic()
-            save(out, dict(info, step=done), model, ema, optimizer, flags, log)
+            save(out, dict(info, step=done), model, ema, optimizer, log)
             if keep:
                 shutil.copy(out / "ema.pt", out / f"ema-{done:07d}.pt")
             save_seconds = time.monotonic() - save_start
             saved = time.monotonic()
-        if draw:
-            draw_samples(ema, out, done, chains.empty, args.seed, amp, device)
+        if evaluate and args.sample_every != 0:
+            draw_samples(ema, out, done, counts, cache.classes, args.seed, amp, device)
         if not losses:  # a row was written: saving and drawing since do not count
             started = time.monotonic()
 
@@ -496,15 +522,15 @@ def is_due(every, step, steps):
 
 
 @torch.no_grad()
-def holdout_loss(ema, held_out, chains, t_distribution, micro_batch, amp, device):
-    """Loss of the EMA weights on about 512 held-out images (scales: 128 at 4 scales), always
-    the same images and draws.
+def ema_loss(ema, images, chains, t_distribution, micro_batch, amp, device):
+    """Loss of the EMA weights on 512 of the `images` (scales: 128 at 4 scales), always the same
+    ones and the same draws.
 
     micro_batch  chains at once: as many as in training
     """
     torch.manual_seed(0)
-    moments, labels = held_out[0]
-    latents = held_out.cache.latents(moments, device, chains)
+    moments, labels = images[0]
+    latents = images.cache.latents(moments, device, chains)
     t = draw_t(latents.shape[:2], t_distribution, device)
     noise = torch.randn_like(latents)
     total = 0.0
@@ -515,7 +541,7 @@ def holdout_loss(ema, held_out, chains, t_distribution, micro_batch, amp, device
     return total.item() / len(labels)
 
 
-def save(out, info, model, ema, optimizer, flags, log):
+def save(out, info, model, ema, optimizer, log):
     """Write ema.pt, for sample.py, and last.pt, for --resume; info: what both have."""
     weights = {k: v.half() for k, v in ema.state_dict().items()}
     last = dict(
@@ -523,16 +549,15 @@ def save(out, info, model, ema, optimizer, flags, log):
         model=model.state_dict(),
         model_ema=ema.state_dict(),
         optimizer=optimizer.state_dict(),
-        args=flags,
         log=log,
     )
     atomic_write(out / "ema.pt", lambda f: torch.save(dict(info, model=weights), f))
     atomic_write(out / "last.pt", lambda f: torch.save(last, f))
 
 
-def draw_samples(ema, out, step, empty, seed, amp, device):
-    """Draw four images of each of the first ten classes that are not empty, a class per row."""
-    classes = np.setdiff1d(range(ema.config.num_classes), empty)[:10]
+def draw_samples(ema, out, step, counts, names, seed, amp, device):
+    """Draw four images of each of the first ten classes that have images, a class per row."""
+    classes = np.flatnonzero(counts)[:10]
     labels = torch.tensor(classes, device=device).repeat_interleave(4)
     torch.manual_seed(seed)
     vae = load_vae(out / "vae.pt", device)
@@ -541,13 +566,13 @@ def draw_samples(ema, out, step, empty, seed, amp, device):
     images = latents_to_images(vae, chain[:, -1].unflatten(0, (-1, 4)))
     path = out / f"samples-{step:07d}.png"
     save_grid(images, path)
-    tqdm.write(f"wrote {path}")
+    tqdm.write(f"wrote {path}: {', '.join(names[k] for k in classes)}")
 
 
 # -------------------------------------------------------------------------------- command line
 def training_parser(doc, out):
     """Parser with the flags of both stages; `parse` adds the defaults that depend on the run."""
-    parser = make_parser(doc)
+    parser = make_parser(doc, torchrun=True)
     add = parser.add_argument
     length = parser.add_mutually_exclusive_group()
 
@@ -572,7 +597,8 @@ def training_parser(doc, out):
     number(
         "--holdout",
         fraction,
-        "part of the images to keep out, 0 to 1; their loss is logged with each picture",
+        "part of the images to keep out, 0 to 1; log.csv has the EMA weights' loss of them and of "
+        "as many trained on: only the distance of the two and their trend tell something",
     )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add("--resume", action="store_true", help="continue from OUT/last.pt with the flags of its run")
@@ -588,7 +614,6 @@ def training_parser(doc, out):
     add(
         "--t",
         choices=["logit-normal", "uniform"],
-        default="logit-normal",
         help="distribution of t: the release's (default), or Eq. 5's",
     )
     number("--seed", bounded(int, 0), "of weights, data order and every draw")
@@ -600,13 +625,17 @@ def training_parser(doc, out):
         "steps between checkpoints; one is also written 15 minutes after the last",
     )
     number("--keep-every", count, "steps between checkpoints to keep as OUT/ema-STEP.pt")
-    number("--sample-every", bounded(int, 0), "steps between pictures; 0 for none")
+    add(
+        "--sample-every",
+        type=bounded(int, 0),
+        help="steps between pictures and held-out losses; 0: no pictures (default: a tenth of the "
+        "run, at most 10,000)",
+    )
     # The machine.
     number("--accumulate", count, "micro-batches per step on each process; None: by a GPU's memory")
     number("--workers", bounded(int, 0), "processes that read data")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: %(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile")
-    parser.set_defaults(seed=0, holdout=0.0, log_every=50)
     return parser
 
 
@@ -620,35 +649,64 @@ def parse(parser):
     Precedence of a flag: typed; the resumed run; --init (size, data, holdout, mirror); the recipe.
     --data becomes a latent cache: images are encoded first.
     """
-    # For the flags that decide the defaults. Without -h: the second pass shows them.
-    first = parser.parse_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    last_path = Path(first.out, "last.pt")
-    last = None
-    if first.resume and last_path.exists():
-        last = load_file(last_path)
-    elif first.resume:
-        say(f"--resume: there is no {last_path} yet: a new run")
-    init = None
-    known = {"size": "XS"}
-    if last:
-        known = last["args"]
-    elif first.init and os.path.exists(first.init):
-        init = read_checkpoint(checkpoint_path(first.init, "last.pt"))
-        sizes = {config.width: name for name, config in SIZES.items()}
-        known = {"size": sizes.get(init.config.width, "XS"), **init.entries.get("args", {})}
-        known = {k: known[k] for k in ("size", "data", "holdout", "mirror") if k in known}
-
-    size = first.size or known["size"]
+    # First pass: the flags that decide the defaults of the others. Without -h: the second shows
+    # them.
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    first = parser.parse_args(words)
     stage = "only decoder" if first.only_decoder else "MRAR" if first.refs > 1 else "1-step"
     device = pick_device(first.device)
     on_gpu = device.type == "cuda"
-    defaults = dict(RECIPES[f"XS {stage}" if size == "XS" else stage])
-    defaults.update(data=DEMO_DATA if size == "XS" else "latents", compile=on_gpu)
-    defaults.update(dtype=pick_dtype(None, device, SIZES[size].width), workers=4 if on_gpu else 0)
-    defaults.update(known)
+    last_path = Path(first.out, "last.pt")
+    last = init = cache = None
+    known = {}
+    if first.resume and last_path.exists():
+        last = load_file(last_path)
+        known = last["args"]
+    elif first.resume:
+        say(f"--resume: there is no {last_path} yet: a new run")
+    elif last_path.exists():
+        raise UserError(f"{last_path} exists: --resume continues that run; else give another --out")
+    elif first.only_decoder and not first.init:
+        raise UserError("--only-decoder: give --init, a trained model; its AR Transformer is kept")
+    elif first.chains == "scales" and first.refs != 4:
+        raise UserError(f"--chains scales: has 4 images, not --refs {first.refs}")
+    if first.init and not last and (first.init in RELEASED or os.path.exists(first.init)):
+        init = read_checkpoint(checkpoint_path(first.init, "last.pt"))
+        sizes = {config.width: name for name, config in SIZES.items()}
+        known = {"size": sizes.get(init.config.width, "S"), **init.entries.get("args", {})}
+        known = {k: known[k] for k in ("size", "data", "holdout", "mirror") if k in known}
+
+    # The latent cache. The recipe depends on its images and on the side of its latents.
+    demo = first.size in (None, "XS")
+    defaults = dict(data=DEMO_DATA if demo else "latents", workers=4 if on_gpu else 0)
+    defaults.update(compile=on_gpu, seed=0, holdout=0.0, log_every=50, t="logit-normal")
+    data = first.data or known.get("data") or defaults["data"]
+    num_images, side = (0, 8) if demo else (10**6, 16)  # for --help
+    if len(words) == len(sys.argv) - 1:
+        if first.init and not init and not last:
+            raise UserError(f"--init {first.init}: not there; run train.py first, or name a model")
+        workers = defaults["workers"] if first.workers is None else first.workers
+        data = encode_once(data, first.vae, init, last_path.parent.parent, workers, device)
+        cache = LatentCache(data)
+        num_images, side = len(cache.labels), cache.latent_shape[-1]
+
+    # The recipe.
+    size = first.size or known.get("size") or ("XS" if side <= 8 else "S")
+    width = init.config.width if init else SIZES[size].width
+    if init and first.size and SIZES[size].width != width:
+        raise UserError(f"--size {size}: the model of --init has width {width}; leave out --size")
+    few = size != "XS" and num_images < MANY_IMAGES
+    recipe = dict(RECIPES[f"XS {stage}" if size == "XS" else f"few {stage}" if few else stage])
+    if few:
+        recipe["lr"] *= 384 / width
+    if "steps" in recipe:
+        images_per_step = first.refs * (first.batch_size or recipe["batch_size"])
+        steps = recipe.pop("epochs") * num_images // images_per_step
+        recipe["steps"] = max(recipe["steps"], steps)
     if first.epochs:
-        defaults["steps"] = None
-    parser.set_defaults(**defaults)
+        recipe["steps"] = None
+    defaults.update(recipe, size=size, dtype=pick_dtype(None, device, width))
+    parser.set_defaults(**{**defaults, **known})
     args = parser.parse_args()
 
     if last:
@@ -660,16 +718,7 @@ def parse(parser):
             if name in FIXED:
                 raise UserError(f"{last_path} is of another run: {change}")
             say(f"{args.out}: {change}; the rest of the run follows the new value")
-    elif last_path.exists():
-        raise UserError(f"{last_path} exists: --resume continues that run; else give another --out")
-    elif args.init and not init:
-        raise UserError(f"--init {args.init}: not there; run train.py first, or name a model")
-    elif args.only_decoder and not init:
-        raise UserError("--only-decoder: give --init, a trained model; its AR Transformer is kept")
-    elif args.chains == "scales" and args.refs != 4:
-        raise UserError(f"--chains scales: has 4 images, not --refs {args.refs}")
-    cache_dir = last_path.parent.parent
-    args.data = str(encode_once(args.data, args.vae, init, cache_dir, args.workers, device))
+    args.data = str(data)
     return args, last, init
 
 

@@ -184,10 +184,10 @@ class AutoencoderKL(nn.Module):
             return self.decoder(self.post_quant_conv(z))
 
 
-def sample_posterior(moments):
-    """Mean and log-variance [..., 2 z, h, w] -> a draw [..., z, h, w] of the latents, unscaled."""
-    mean, logvar = moments.float().chunk(2, dim=-3)
-    return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+def sample_posterior(mean, logvar):
+    """A draw of the latents, unscaled; mean, logvar [..., z, h, w], as `encode` returns them."""
+    mean = mean.float()
+    return mean + (0.5 * logvar.float()).exp() * torch.randn_like(mean)
 
 
 def arch_from_shapes(state):
@@ -228,7 +228,7 @@ def load_vae(path, device="cpu", model=None):
     if model:
         expected = model.info.get("vae_digest", vae.digest)  # released models do not name theirs
         if vae.digest != expected or vae.z_channels != model.config.latent_channels:
-            raise UserError(f"--vae {path}: not the VAE of this model's latents; give that one")
+            raise UserError(f"{path}: not the VAE of this model's latents; name that with --vae")
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -559,8 +559,8 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
         f"classes: {shorten(images.classes)}"
     )
     print(f"scale of the latents {vae.scale:.4f}, from {vae.scale_from}")
-    if side % 8:
-        print(f"latents of {side} x {side}: MRAR needs a multiple of 4 (XS) or 8 (B, L, H)")
+    if side % 2 or side > 8 and side % 8:
+        print(f"latents of {side} x {side}: MRAR needs 2, 4, 6 or a multiple of 8 (XS: of 4)")
     print(f"mean error of the VAE {error:.3f} of 2, see {out}/reconstructions.png")
     if error > 0.1:
         print(
@@ -623,6 +623,10 @@ class LatentCache:
     def __getstate__(self):  # workers that are not forked open their own files
         return {**vars(self), "files": {}}
 
+    def names(self):
+        """CLASS/FILE of each image; of an .npz CLASS/NUMBER."""
+        return json.loads((self.path / "names.json").read_text())
+
     def open_part(self, number, row_bytes):
         """(open file, position of its first row) of a part."""
         if number not in self.files:
@@ -651,7 +655,8 @@ class LatentCache:
     def latents(self, moments, device, chains="images"):
         """Latents [B, refs, C, H, W] on the device, drawn from a batch of moments; chains: the
         flag of finetune_mrar.py."""
-        x = sample_posterior(moments.to(device, non_blocking=True)) * self.scale
+        mean, logvar = moments.to(device, non_blocking=True).chunk(2, dim=2)
+        x = sample_posterior(mean, logvar) * self.scale
         return growing_scales(x) if chains == "scales" else x
 
 
@@ -675,14 +680,17 @@ def encode_once(data, vae_path, init, folder, workers, device):
     if not (path / "cache.json").exists():
         encode_images(images, vae, path, workers, device)
     say(f"latents from {path}, of {time.ctime((path / 'cache.json').stat().st_mtime)}")
-    encoded = LatentCache(path).info["images"]
+    cache = LatentCache(path)
+    encoded = cache.info["images"]
     if init and init.entries.get("images", encoded) != encoded:
         say(f"{init.path}: was trained on other images than these")
+    if init and "vae_digest" not in init.entries and cache.scale != RELEASED_SCALE:
+        say(f"{init.path}: was trained on latents of kl16, these are of another VAE: --vae kl16")
     return path
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, torchrun=True)
     add = parser.add_argument
     add("command", choices=["encode"])
     add("--data", default=str(DEMO_DATA), help="images (default: %(default)s)")

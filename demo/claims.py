@@ -223,7 +223,7 @@ def load(folder, file="ema.pt", model_class=TransDiff):
 def cache_of(seed):
     """(latent cache of the runs of a seed, its images to train on, its held-out images)."""
     cache = LatentCache(load_file(stage1(seed) / "last.pt")["args"]["data"])
-    return cache, *train.split(cache.labels, args.holdout)
+    return cache, *train.split(cache, args.holdout)
 
 
 def means(cache, images):
@@ -241,7 +241,6 @@ def neighbour_chains(seed):
     if path.exists():
         return path
     cache, images, _ = cache_of(seed)
-    names = [f"{cache.classes[k]}/{i}" for i, k in enumerate(cache.labels)]
     lines = []
     for label in np.unique(cache.labels[images]):
         members = images[cache.labels[images] == label]

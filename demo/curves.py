@@ -16,6 +16,9 @@ from model import UserError, atomic_write, make_parser, run_main  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
+# Of log.csv. The last two, of runs with --holdout: EMA weights, images held out and as many trained
+# on.
+COLUMNS = dict(loss="training loss", holdout_loss="held-out loss", seen_loss="seen images' loss")
 COLORS = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0", "#b07a10", "#555555")
 
 
@@ -54,19 +57,22 @@ def plot(curves, path, xlabel, ylabel, width=640, height=400):
     draw.text((8, top - 8), ylabel, "black", font, "ld")
     for i, (name, (x, y)) in enumerate(curves.items()):
         color = COLORS[i % len(COLORS)]
-        draw.line([(to_x(a), to_y(b)) for a, b in zip(x, y)], color, width=2)
+        points = [(to_x(a), to_y(b)) for a, b in zip(x, y)]
+        draw.line(points, color, width=2)
+        for a, b in points[-1:]:  # a log of one row has no line
+            draw.ellipse([a - 3, b - 3, a + 3, b + 3], color)
         draw.text((right, 6 + 18 * i), name, color, font, "ra")
     atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 
 def plot_losses(runs):
-    """Draw the training losses and, of runs with --holdout, the held-out losses."""
+    """Draw the losses of logs."""
     curves = {}
     for folder in runs:
         with open(folder / "log.csv") as f:
             rows = list(csv.DictReader(f))
-        for name, column in (("training loss", "loss"), ("held-out loss", "holdout_loss")):
-            points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+        for column, name in COLUMNS.items():
+            points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
             if points:
                 name = name if len(runs) == 1 else f"{folder}: {name}"
                 curves[name] = list(zip(*points))

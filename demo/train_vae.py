@@ -54,7 +54,7 @@ def build(args, device):
 def losses(vae, x):
     """L1 and KL of images x [B, 3, H, W]: LDM's losses without the perceptual and GAN terms."""
     mean, logvar = vae.encode(x)
-    y = vae.decode(sample_posterior(torch.cat([mean, logvar], dim=1)))
+    y = vae.decode(sample_posterior(mean, logvar))
     l1 = (y - x).abs().mean()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / x.numel()
     return l1, kl
@@ -133,8 +133,7 @@ def save_vae(vae, images, out, device):
     torch.manual_seed(0)
     latents = []
     for x in torch.from_numpy(originals).split(16):
-        moments = torch.cat(vae.encode(from_uint8(x, device)), dim=1)
-        latents.append(sample_posterior(moments))
+        latents.append(sample_posterior(*vae.encode(from_uint8(x, device))))
     scale = 1 / torch.cat(latents).std().item()
 
     weights = {k: v.half() for k, v in vae.state_dict().items()}

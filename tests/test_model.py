@@ -628,7 +628,7 @@ def test_a_checkpoint_carries_its_sampling_settings(tmp_path):
     settings = dict(sampler="adams-bashforth", steps=3, cfg=1.7, cfg_below=0.6, null_refs=False)
     loaded = load_checkpoint(save(model, tmp_path / "ema.pt", sampling=settings))
     calls = []
-    ours = loaded.sample(LABEL, noise=NOISE, on_step=lambda: calls.append(1))
+    ours = loaded.sample(LABEL, noise=NOISE, on_step=lambda t, x_t: calls.append(t))
     assert len(calls) == 3 * SMALL.refs
     assert torch.equal(ours, model.sample(LABEL, noise=NOISE, **settings))
     # None, as of a flag that was not given, is the model's setting too.
@@ -731,7 +731,8 @@ NFC, NFD = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
 def test_a_class_is_named_in_any_unicode_form_or_by_its_index(word, classes, empty, index):
     """Another one is refused with the names of those that there are."""
     model = build(ONE_STEP)
-    model.info.update(dict(classes=classes, empty=empty) if classes else {})
+    if classes:
+        model.info.update(classes=classes, counts=[k not in empty for k in range(len(classes))])
     if index is not None:
         assert class_index("--class", word, model) == index
         return

@@ -30,6 +30,12 @@ from model import SIZES, TransDiff, derive_seed, load_checkpoint, load_file
 from train import RECIPES, Chains, learning_rate, make_optimizer, split
 from vae import LatentCache, encode_images, growing_scales, load_vae, open_images, sample_posterior
 
+
+def draw(moments):
+    """Latents, unscaled, of moments [B, refs, 2 z, h, w]."""
+    return sample_posterior(*moments.chunk(2, dim=2))
+
+
 # --------------------------------------------------------------------------------- chains of images
 
 
@@ -45,7 +51,8 @@ def fake_cache(counts, seed=0):
         return np.stack([indices, flips], axis=-1)[..., None, None].astype(np.float16)
 
     classes = [f"class {i}" for i in range(len(counts))]
-    return SimpleNamespace(labels=labels, moments=moments, classes=classes)
+    names = [f"{classes[k]}/{i}" for i, k in enumerate(labels)]
+    return SimpleNamespace(labels=labels, moments=moments, classes=classes, names=lambda: names)
 
 
 def all_chains(counts, refs, batch_size, seed=3, **options):
@@ -121,10 +128,9 @@ def test_half_of_the_images_are_mirrored_each_by_itself_or_none():
 def test_held_out_images_are_never_trained_on(refs):
     cache = fake_cache([400, 500])
     cache.labels[7] = -1  # an image that could not be read
-    kept, held_out = split(cache.labels, 0.1)
+    kept, held_out = split(cache, 0.1)
     assert 60 < len(held_out) < 120
     assert sorted([7, *kept, *held_out]) == list(range(900))
-    assert np.array_equal(split(cache.labels[:500], 0.1)[1], held_out[held_out < 500])
     chains = Chains(cache, kept, refs, 10, seed=0)
     seen = np.unique(np.concatenate([chains.indices(step).ravel() for step in range(300)]))
     assert np.array_equal(seen, kept)
@@ -156,7 +162,7 @@ def test_chains_of_scales_are_trained_drawn_and_resumed(project, tiny, run, refu
     moments, labels = Chains(LatentCache("cache"), np.arange(60), 1, 8, seed=0)[0]
     net = load_checkpoint("runs/mrar/last.pt", ema=False).train()
     torch.manual_seed(derive_seed(0, 0, 0))
-    loss = net.loss(growing_scales(sample_posterior(moments) * SCALE), labels).item()
+    loss = net.loss(growing_scales(draw(moments) * SCALE), labels).item()
     assert float(column("runs/mrar", "loss")[0]) == pytest.approx(loss, rel=1e-4)
     ckpt = load_file("runs/mrar/ema.pt")
     assert ckpt["chains"] == "scales" and ckpt["sampling"]["null_refs"]
@@ -193,7 +199,7 @@ def chain_list(*chains):
 def test_each_epoch_uses_each_listed_chain_once_in_a_new_order(listed):
     chains = [("a", range(k, k + 4)) for k in range(8)] + [("b", [7, 3, 5, 1])]
     chain_list(*chains)
-    images, _ = split(listed.labels, 0)
+    images, _ = split(listed, 0)
     rows = train.read_chains("chains.txt", listed, images, 4)
     names = [os.path.relpath(path, "photos") for path in open_images("photos").files]
     assert [[names[i] for i in row] for row in rows] == [
@@ -206,7 +212,7 @@ def test_each_epoch_uses_each_listed_chain_once_in_a_new_order(listed):
 
 
 def test_stage_2_is_trained_on_a_list_of_chains(listed, run):
-    kept, held_out = split(listed.labels, 0.2)
+    kept, held_out = split(listed, 0.2)
     names = [Path(path).stem for path in open_images("photos").files]
     a = [names[i] for i in kept if listed.labels[i] == 0]
     out = next(names[i] for i in held_out if listed.labels[i] == 0)
@@ -440,7 +446,7 @@ def step_by_hand(step, world=1, accumulate=1, **options):
         moments, labels = chains[step]
         torch.manual_seed(derive_seed(5, step, rank))
         for m, y in zip(moments.chunk(accumulate), labels.chunk(accumulate)):
-            losses.append(net.loss(sample_posterior(m) * SCALE, y, **options))
+            losses.append(net.loss(draw(m) * SCALE, y, **options))
     torch.stack(losses).mean().backward()
     gradients = [p.grad for group in make_optimizer(net, 1.0).param_groups for p in group["params"]]
     norm = torch.stack([g.norm() for g in gradients]).norm().item()
@@ -522,12 +528,12 @@ def test_pictures_and_held_out_loss_are_of_the_ema_weights(project, tiny):
     picture = np.asarray(Image.open("runs/mrar/samples-0000002.png"))
     assert np.array_equal(picture, np.asarray(Image.open("by-hand.png")))
 
-    _, held_out = split(cache.labels, 0.4)
-    moments, labels = Chains(cache, held_out, 4, 128, seed=0)[0]
-    torch.manual_seed(0)
-    latents = sample_posterior(moments) * SCALE
-    loss = net.loss(latents, labels, t_distribution="uniform").item()
-    assert float(column("runs/mrar", "holdout_loss")[-1]) == pytest.approx(loss, rel=1e-5)
+    for name, images in zip(("seen_loss", "holdout_loss"), split(cache, 0.4)):
+        moments, labels = Chains(cache, images, 4, 128, seed=0)[0]
+        torch.manual_seed(0)
+        latents = draw(moments) * SCALE
+        loss = net.loss(latents, labels, t_distribution="uniform").item()
+        assert float(column("runs/mrar", name)[-1]) == pytest.approx(loss, rel=1e-5)
     raw = load_checkpoint("runs/mrar/last.pt", ema=False)
     assert raw.loss(latents, labels).item() != pytest.approx(loss, rel=1e-2)
 
@@ -830,13 +836,28 @@ def test_classes_without_images_are_named_and_never_drawn(project, tiny, garment
     assert "1 of 4 classes have no chain of 4: 0\n" in out
     for ckpt in ("runs/train", "runs/mrar/ema.pt"):
         run(f"sample.py --ckpt {ckpt} --num 6 --refs 1 --steps 1 --out s.npz")
-        assert np.load("s.npz")["arr_1"].tolist() == [1, 2, 3] * 2
+        assert np.load("s.npz")["arr_1"].tolist() == [3, 1, 2] * 2  # 24, 18, 18 images
         Path("s.npz").unlink()
         message = "--class 0: this model was trained on the classes 1, 2, 3"
         assert message in refused(f"sample.py --ckpt {ckpt} --class 0")
 
 
-KEPT, HELD_OUT = split(np.zeros(60, int), 0.2)
+def sides(name):
+    """(kept, held out) of 60 images of a class."""
+    names = [f"{name}/{i}" for i in range(60)]
+    return split(SimpleNamespace(names=lambda: names, labels=np.zeros(60)), 0.2)
+
+
+def test_an_image_is_held_out_by_its_name_whatever_is_added(project, garments):
+    images, labels = garments
+    encode("few", images[:50], labels[:50], [str(k) for k in range(10)])
+    encode("more", images, labels, [str(k) for k in range(10)])
+    few, more = (split(LatentCache(name), 0.3) for name in ("few", "more"))
+    assert [part[part < 50].tolist() for part in more] == [part.tolist() for part in few]
+    assert 0.15 < len(more[1]) / 60 < 0.45 and not set(more[0]) & set(more[1])
+
+
+KEPT, HELD_OUT = sides("rare")
 
 
 @pytest.mark.parametrize("rare,missing", [(HELD_OUT[:1], "images"), (KEPT[:3], "chain of 4")])
@@ -865,13 +886,14 @@ def test_classes_too_small_to_be_held_out_are_left_out_of_the_held_out_loss(
     project, tiny, garments
 ):
     """Class b has 4 images to train on and one held out: no chain of 4 to be measured."""
-    labels = np.isin(np.arange(60), [*KEPT[:4], HELD_OUT[0]]).astype(int)
+    kept, held_out = sides("b")
+    labels = np.isin(np.arange(60), [*kept[:4], held_out[0]]).astype(int)
     encode("small", garments[0], labels, ["a", "b"])
     flags = "--batch-size 4 --steps 1 --sample-every 1"
     run_in_process(f"train.py --data small {flags} --holdout 0.2")
     run_in_process(f"finetune_mrar.py {flags}")  # with the holdout of stage 1
     (loss,) = column("runs/mrar", "holdout_loss")
-    assert float(loss) > 0 and load_checkpoint("runs/mrar").info["empty"] == []
+    assert float(loss) > 0 and load_checkpoint("runs/mrar").info["counts"] == [55, 5]
 
 
 def test_a_holdout_without_a_chain_has_no_loss_and_one_of_all_is_refused(
@@ -913,22 +935,22 @@ def test_init_gives_a_class_the_ema_embedding_of_its_name(init, project, tiny, g
 
 
 def test_stage_2_takes_its_size_from_stage_1(project, run, monkeypatch):
-    small = dataclasses.replace(SIZES["XS"], width=64, heads=2, ar_depth=2, dit_depth=2)
-    monkeypatch.setitem(model.SIZES, "B", small)
-    run(f"train.py {SHORT} --steps 1 --size B")
-    assert "TransDiff-B: " in run(f"finetune_mrar.py {SHORT} --steps 1").out
-    assert load_file("runs/mrar/ema.pt")["config"]["width"] == 64
-    err = run(f"finetune_mrar.py {SHORT} --steps 1 --size XS --out other", expect=2).err
-    assert "runs/train/last.pt: not a usable start of this model" in last_line(err)
+    """Also that of a size of one's own which is as wide as XS."""
+    own = dataclasses.replace(SIZES["XS"], ar_depth=1, dit_depth=1)
+    monkeypatch.setitem(model.SIZES, "mine", own)
+    run(f"train.py {SHORT} --steps 1 --size mine")
+    assert "TransDiff-mine: " in run(f"finetune_mrar.py {SHORT} --steps 1").out
+    assert load_file("runs/mrar/ema.pt")["config"]["ar_depth"] == 1
+    err = run(f"finetune_mrar.py {SHORT} --steps 1 --size S --out other", expect=2).err
+    assert "--size S: the model of --init has width 160; leave out --size" in last_line(err)
 
 
 @pytest.mark.weights
 def test_the_wrong_vae_for_init_is_found_before_images_are_encoded(project, refused):
-    """ema.pt does not know its images, so the bundled ones are taken, with the bundled VAE."""
     run_in_process(f"train.py {SHORT} --steps 1")
     save_small_vae("other.pt", seed=1)
-    for data in ("--data images.npz --vae other.pt", ""):
-        flags = f"{data} --steps 1 --batch-size 2"
+    for data in ("images.npz --vae other.pt", ROOT / "demo" / "fashion_mnist_10k.npz"):
+        flags = f"--data {data} --steps 1 --batch-size 2"
         message = "--init runs/train/ema.pt: was trained on the latents of another VAE"
         assert message in refused(f"finetune_mrar.py --init runs/train/ema.pt {flags}")
 

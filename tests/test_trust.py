@@ -274,7 +274,7 @@ def test_a_reader_that_is_killed_is_one_line(line, dataset, small, run, monkeypa
 @pytest.mark.parametrize("labels", [[0] * 5, list(range(300)), [0, 0, 1]])
 def test_one_class_many_classes_and_a_class_of_one_image(labels, tmp_path, run, monkeypatch):
     """Also with a batch that is larger than the data set."""
-    monkeypatch.setattr(train, "XS_SAMPLING", train.XS_SAMPLING.replace(steps=2))  # to save time
+    monkeypatch.setattr(train, "OUR_SAMPLING", train.OUR_SAMPLING.replace(steps=2))  # to save time
     images = np.random.default_rng(0).integers(0, 255, (len(labels), 32, 32), dtype=np.uint8)
     np.savez(tmp_path / "s.npz", images=images, labels=labels)
     save_small_vae(tmp_path / "v.pt")
