@@ -333,6 +333,21 @@ def test_accuracy_is_of_known_names(tmp_path, measure, two_classes, names, flip,
         assert f"{got['accuracy']:.4f}" in printed.out
 
 
+@pytest.mark.parametrize("labels,warned", [([0, 1] * 6, False), ([0] * 9 + [1] * 3, True)])
+def test_sets_whose_classes_differ_in_share_are_named(labels, warned, tmp_path, measure, net):
+    """A folder of class folders against an .npz with the names of its classes."""
+    images = noise_images(12, seed=0)
+    for i, image in enumerate(images):
+        path = tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    arrays = dict(arr_0=images, arr_1=np.array(labels), classes=np.array(["cat", "dog"]))
+    np.savez(tmp_path / "s.npz", **arrays)
+    _, printed = measure(f"--samples s.npz --ref photos --net {net}")
+    line = "cat is 75.0% of the samples, 50.0% of the reference"
+    assert (line in printed.err) == warned
+
+
 def test_train_features_makes_a_network_for_other_images(tmp_path, command, measure, two_classes):
     np.savez(tmp_path / "two.npz", **two_classes)
     train = "demo/train_features.py --data two.npz --batch-size 16"

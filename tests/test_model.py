@@ -11,8 +11,8 @@ import unicodedata
 import pytest
 import torch
 
-from model import DEMO_MODEL, SIZES, Config, Sampling, TransDiff, UserError, adams_bashforth
-from model import attention_masks, cast_weights, class_index
+from model import DEMO_MODEL, SIZES, Config, DiT, Sampling, TransDiff, UserError, adams_bashforth
+from model import add_noise, attention_masks, cast_weights, class_index
 from model import euler_maruyama, load_checkpoint, patchify, per_image_noise, read_checkpoint
 from model import run_main, timestep_embedding
 from train import warm_start
@@ -169,6 +169,19 @@ def test_a_batch_split_in_two_has_the_gradient_of_the_whole(refs):
     parts = gradients(model, *(model.loss(*half, batch_mul=2) / 2 for half in halves))
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_of_each_draw_is_the_velocitys_error_for_it():
+    model = build(SMALL)
+    latents, labels = random_chains(SMALL)
+    t, noise = random_draws(SMALL)
+    losses = model.loss(latents, labels, t, noise, reduce=False)
+    x_t = add_noise(latents, noise, t)
+    for k in range(4):
+        c = model.encode(labels, latents[:, :k])
+        v = model.velocity(x_t[:, k], t[:, k], c)
+        expected = (v - (noise - latents)[:, k]).square().mean((1, 2, 3))
+        torch.testing.assert_close(losses[:, k], expected)
 
 
 @pytest.mark.parametrize("refs", [1, 4])
@@ -623,13 +636,41 @@ def test_our_checkpoints_load_as_a_file_and_as_the_folder_of_a_run(tmp_path):
             assert p.dtype == torch.float32 and torch.equal(p, model.state_dict()[name].float())
 
 
+def test_decode_takes_the_settings_that_a_model_carries(tmp_path):
+    model = build(SMALL)
+    model.sampling = Sampling("adams-bashforth", steps=3, s1=1.0, s2=1.0)
+    c = model.encode(LABEL)
+    x = model.decode(c, NOISE, **dataclasses.asdict(model.sampling))
+    assert torch.equal(x, model.decode(c, NOISE))
+    states = []
+    model.decode(c, NOISE, on_step=lambda t, x_t: states.append(x_t))
+    assert torch.equal(states[0], NOISE) and len(states) == 3
+    with pytest.raises(UserError, match="s1: adams-bashforth has none"):
+        model.decode(c, NOISE, s1=0.5)
+
+
+def test_a_buffer_that_is_not_saved_does_not_hinder_loading(tmp_path, monkeypatch):
+    """A student's rotary table, say."""
+    init = DiT.__init__
+
+    def with_table(self, config):
+        init(self, config)
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+    monkeypatch.setattr(DiT, "__init__", with_table)
+    model = build(SMALL)
+    loaded = load_checkpoint(save(model, tmp_path / "ema.pt"))
+    assert loaded.decoder.table.tolist() == [0, 1, 2]
+    assert torch.equal(loaded.cond_positions, model.cond_positions)
+
+
 def test_a_checkpoint_carries_its_sampling_settings(tmp_path):
     model = build(SMALL)
     settings = dict(sampler="adams-bashforth", steps=3, cfg=1.7, cfg_below=0.6, null_refs=False)
     loaded = load_checkpoint(save(model, tmp_path / "ema.pt", sampling=settings))
     calls = []
     ours = loaded.sample(LABEL, noise=NOISE, on_step=lambda t, x_t: calls.append(t))
-    assert len(calls) == 3 * SMALL.refs
+    assert calls == [1, 1 - 1 / 3, 1 - 2 / 3] * SMALL.refs  # t of every step
     assert torch.equal(ours, model.sample(LABEL, noise=NOISE, **settings))
     # None, as of a flag that was not given, is the model's setting too.
     assert torch.equal(ours, loaded.sample(LABEL, noise=NOISE, steps=None, cfg=None))
@@ -698,7 +739,7 @@ def test_a_vae_of_other_latents_than_the_models_is_refused(tmp_path):
     other["scale"] *= 2
     torch.save(other, tmp_path / "other.pt")
     load_vae(tmp_path / "other.pt")
-    with pytest.raises(UserError, match="--vae .*other.pt: not the VAE of this model's latents"):
+    with pytest.raises(UserError, match="other.pt: not the VAE of this model's latents; name"):
         load_vae(tmp_path / "other.pt", model=model)
     # A released model does not name its VAE: the channels have to agree.
     with pytest.raises(UserError, match="not the VAE of this model's latents"):

@@ -93,6 +93,31 @@ def test_a_class_named_twice_is_drawn_twice_as_often(run):
     assert arrays["classes"][arrays["arr_1"]].tolist() == ["bag", "bag", "trouser"] * 2
 
 
+def save_model_of(counts, path):
+    torch.save({**load_file(MODEL), "counts": counts}, path)
+
+
+def test_a_set_has_the_proportions_of_the_training_set(run):
+    """Webster's method: as near as whole numbers can be, also for the first images of a set."""
+    counts = [100, 300, 0, 50, 50, 0, 0, 0, 0, 0]
+    save_model_of(counts, "own.pt")
+    run("sample.py --ckpt own.pt --num 20 --refs 1 --steps 1 --out a.npz")
+    labels = np.load("a.npz")["arr_1"]
+    assert np.bincount(labels, minlength=10).tolist() == [4, 12, 0, 2, 2, 0, 0, 0, 0, 0]
+    assert np.bincount(labels[:10], minlength=10).tolist() == [2, 6, 0, 1, 1, 0, 0, 0, 0, 0]
+    run("sample.py --ckpt own.pt --num 20 --refs 1 --steps 1 --balanced --out b.npz")
+    assert np.load("b.npz")["arr_1"].tolist() == [0, 1, 3, 4] * 5
+    run("sample.py --ckpt own.pt --num 6 --class 3 1 --refs 1 --steps 1 --out c.npz")
+    assert sorted(np.load("c.npz")["arr_1"]) == [1] * 5 + [3]
+
+
+def test_imagenet_is_drawn_in_equal_numbers():
+    weights = np.random.default_rng(0).integers(732, 1301, 1000)
+    assert np.bincount(sample.in_turn(np.ones(1000), 50_000)).tolist() == [50] * 1000
+    drawn = np.bincount(sample.in_turn(weights, 50_000))
+    assert np.abs(drawn - 50_000 * weights / weights.sum()).max() < 1
+
+
 def test_the_folder_of_a_run_stands_for_its_model_and_vae(run, tmp_path):
     """Only the VAE beside the model fits: it is another than the bundled one."""
     (tmp_path / "run").mkdir()

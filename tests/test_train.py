@@ -269,6 +269,59 @@ def test_recipes_are_those_of_appendix_b():
     assert (train.WEIGHT_DECAY, train.CLIP) == (0.02, 3.0)
 
 
+@pytest.mark.parametrize("flags,num_images,side,recipe", [
+    ("", 10_000, 8, ("XS", 1600, 64, 2e-3, 1)),
+    ("", 50_000, 8, ("XS", 7812, 64, 2e-3, 1)),  # ten epochs
+    ("--refs 16", 10_000, 8, ("XS", 500, 4, 1e-3, 1)),
+    ("", 5_000, 16, ("S", 7812, 256, 1e-3, 4)),  # 400 epochs
+    ("--size B", 5_000, 16, ("B", 7812, 256, 5e-4, 4)),
+    ("--size B --refs 4", 500, 16, ("B", 500, 64, 2.5e-4, 2)),
+    ("--size B", 1_281_167, 16, ("B", None, 2048, 8e-4, 4)),
+    ("--size XS --batch-size 16 --lr 0.1", 10_000, 8, ("XS", 6250, 16, 0.1, 1)),
+])  # fmt: skip
+def test_the_recipe_follows_the_images_the_latents_and_the_size(
+    flags, num_images, side, recipe, monkeypatch
+):
+    """--size, --steps (None: the paper's epochs), --batch-size, --lr, --batch-mul."""
+    cache = SimpleNamespace(labels=np.zeros(num_images), latent_shape=(8, side, side))
+    monkeypatch.setattr(train, "encode_once", lambda *_: "cache")
+    monkeypatch.setattr(train, "LatentCache", lambda _: cache)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    parser = train.training_parser("", "runs/none")
+    for name, kind in (("--init", str), ("--refs", int), ("--chains", str)):
+        parser.add_argument(name, type=kind, default={"--refs": 1}.get(name))
+    parser.set_defaults(only_decoder=False)
+    args, _, _ = train.parse(parser)
+    assert (args.size, args.steps, args.batch_size, args.lr, args.batch_mul) == recipe
+
+
+def test_a_new_model_has_a_condition_token_for_each_position_of_its_latents(project, tiny, run):
+    """As S and B have it at 256 px, which here are of XS's shape but for c."""
+    for name, cond_tokens in (("wide", 256), ("narrow", 16)):
+        size = dataclasses.replace(SIZES["XS"], cond_tokens=cond_tokens)
+        model.SIZES[name] = dataclasses.replace(size, width=32, heads=1, ar_depth=1, dit_depth=1)
+        run(f"train.py {SHORT} --steps 1 --size {name} --out {name}")
+        run(f"finetune_mrar.py --init {name} --steps 1 --batch-size 2 --out {name}-mrar")
+        for folder in (name, f"{name}-mrar"):
+            config = load_checkpoint(folder).config
+            assert config.cond_tokens == min(cond_tokens, 64)
+            assert config.class_tokens == config.cond_tokens // 4
+        del model.SIZES[name]
+
+
+def test_a_resumed_run_says_how_its_learning_rate_changes(project, tiny, run):
+    run(f"train.py {SHORT} --steps 4 --lr 0.1 --warmup 0 --cooldown 1")
+    out = run("train.py --resume --steps 8").out
+    assert "learning rate 0.05, was 0.025, peak 0.1," in out
+
+
+def test_without_pictures_held_out_losses_are_logged_at_least_ten_times(project, tiny):
+    run_in_process(f"train.py {SHORT} --steps 20 --holdout 0.3 --sample-every 0")
+    for name in ("holdout_loss", "seen_loss"):
+        assert [bool(loss) for loss in column("runs/train", name)] == [False, True] * 10
+    assert not list(Path("runs/train").glob("*.png"))
+
+
 def test_the_learning_rate_warms_up_and_decays_linearly():
     rates = [learning_rate(step, 100, 1.0, 0.1, 0.0) for step in (0, 4, 9, 50, 99)]
     assert rates == [0.1, 0.5, 1.0, 1.0, 1.0]
