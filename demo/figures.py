@@ -1,5 +1,8 @@
-"""Draw what the semantic features hold: Figures 1 and 5 of the paper, and S of Eq. 14.
+"""Draw the attention masks (Figure 3) and what the semantic features hold: Figures 1 and 5 of the
+paper, and S of Eq. 14.
 
+    python demo/figures.py masks
+        columns: chains of 1, 4 and 16 images; no model is loaded
     python demo/figures.py fusion --class trouser bag
         columns: A, B, and half of the features of each (Figure 5)
     python demo/figures.py features --class 0 1 5 8 9
@@ -11,19 +14,20 @@ All images of a row start from the same noise. Guidance is that of the last imag
 class without references.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # model comes before torch: it sets how OpenMP's threads wait.
-from model import DEMO_MODEL, UserError, atomic_write, bounded, checkpoint_path  # noqa: E402
-from model import class_index, load_checkpoint, make_parser, per_image_noise  # noqa: E402
-from model import pick_device, run_main  # noqa: E402
+from model import DEMO_MODEL, SIZES, UserError, atomic_write, attention_masks  # noqa: E402
+from model import bounded, checkpoint_path, class_index, load_checkpoint, make_parser  # noqa: E402
+from model import per_image_noise, pick_device, run_main  # noqa: E402
 from vae import DEMO_VAE, latents_to_images, load_vae, save_grid  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageOps  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 
 from diversity import chain_features, similarity  # noqa: E402
 
@@ -70,11 +74,57 @@ def draw_heatmap(S, refs, path):
     atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 
+def draw_mask(picture, left, top, title, mask, blocks, shades):
+    """Draw a mask [N, N] on a picture, 3 pixels for 4 tokens: a row per query, a column per key.
+
+    blocks  {label of its rows: tokens} of each block
+    shades  color of the keys of each block where a query may attend; the rest is light grey
+    """
+    colors = np.repeat(shades[: len(blocks)], list(blocks.values()), axis=0)
+    pixels = np.where(mask.numpy()[..., None], colors, 235).astype(np.uint8)
+    side = 3 * len(mask) // 4
+    tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+    picture.paste(tile, (left, top))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(11)
+    draw.text((left, top - 5), title, "black", font, "ls")
+    edge = 0
+    for label, tokens in blocks.items():
+        height = 3 * tokens // 4
+        draw.text((left - 4, top + edge + height / 2), label, "black", font, "rm")
+        edge += height
+        draw.line([left + edge, top, left + edge, top + side], "white")
+        draw.line([left, top + edge, left + side, top + edge], "white")
+
+
+def draw_masks(lengths, path):
+    """Write the masks of size B for chains of these lengths: above ar, below cross."""
+    picture = Image.new("RGB", (314 * len(lengths), 490), "white")
+    grey, dark, light = (120, 120, 120), (31, 95, 168), (128, 178, 226)
+    for column, refs in enumerate(lengths):
+        config = dataclasses.replace(SIZES["B"], refs=refs)
+        ar, cross = attention_masks(config)
+        tokens = config.tokens_per_image
+        shades = [grey] + [dark, light] * refs
+        left = 314 * column + 70
+        blocks = {"class": config.class_tokens, "mask -> c_0": tokens}
+        blocks.update({f"x_{k - 1} -> c_{k}": tokens for k in range(1, refs)})
+        draw_mask(picture, left, 22, f"chain of {refs}: AR Transformer", ar, blocks, shades)
+        # Below the tokens that write c: the outputs of the class tokens are dropped.
+        left += 3 * config.class_tokens // 4
+        blocks = {f"image {k}": tokens for k in range(refs)}
+        cross = cross.repeat_interleave(tokens, dim=0)
+        title = f"decoder: keys of c_0 ... c_{refs - 1}" if refs > 1 else "decoder: keys of c_0"
+        draw_mask(picture, left, 292, title, cross, blocks, shades[1:])
+    picture = picture.quantize(64)
+    atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
+
+
 def parse():
     parser = make_parser(__doc__)
     add = parser.add_argument
     count = bounded(int, 1)
-    add("figure", choices=["fusion", "features", "similarity"])
+    add("figure", choices=["fusion", "features", "similarity", "masks"])
     add(
         "--class",
         nargs="+",
@@ -99,6 +149,10 @@ def parse():
 @torch.inference_mode()
 def main():
     args = parse()
+    if args.figure == "masks":
+        draw_masks([1, 4, 16], args.out)
+        print(f"wrote {args.out}")
+        return
     device = pick_device(args.device)
     path = checkpoint_path(args.ckpt)
     model = load_checkpoint(path, device)

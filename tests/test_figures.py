@@ -12,7 +12,7 @@ from test_sample import MODEL, VAE, columns
 
 from diversity import similarity
 from figures import draw_heatmap
-from model import load_checkpoint, per_image_noise
+from model import SIZES, attention_masks, load_checkpoint, per_image_noise
 from vae import latents_to_images, load_vae
 
 
@@ -112,3 +112,23 @@ def test_negative_similarity_is_blue(tmp_path):
 def test_wrong_flags_are_refused_in_one_line(flags, message, run, tmp_path):
     assert message in run(f"{flags} --steps 1 --out S.png", expect=2).strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_masks_draws_those_of_chains_of_1_4_and_16(run):
+    """3 pixels stand for 4 tokens; the shades are those of the keys, light grey is not allowed."""
+    run("masks --out masks.png")
+    picture = np.asarray(Image.open("masks.png").convert("RGB"))
+    for column, refs in enumerate([1, 4, 16]):
+        config = dataclasses.replace(SIZES["B"], refs=refs)
+        ar, cross = attention_masks(config)
+        cross = cross.repeat_interleave(config.tokens_per_image, dim=0)
+        left = 314 * column + 70
+        for mask, x, y in ((ar, left, 22), (cross, left + 48, 292)):
+            cells = picture[y + 1 : y + 3 * len(mask) // 4 : 3, x + 1 : x + 3 * len(mask) // 4 : 3]
+            allowed = (cells != 235).any(-1)  # at the middle of a cell there is no line
+            assert np.array_equal(allowed, mask[::4, ::4])
+            for key, shades in enumerate(cells.swapaxes(0, 1)):
+                block = (4 * key - (64 if mask is ar else 0)) // config.tokens_per_image
+                shade = [(31, 95, 168), (128, 178, 226)][block % 2]
+                shade = (120, 120, 120) if mask is ar and key < 16 else shade
+                assert (shades[allowed[:, key]] == shade).all()
