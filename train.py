@@ -673,8 +673,10 @@ def parse(parser):
     if first.init and not last and (first.init in RELEASED or os.path.exists(first.init)):
         init = read_checkpoint(checkpoint_path(first.init, "last.pt"))
         sizes = {config.width: name for name, config in SIZES.items()}
-        known = {"size": sizes.get(init.config.width, "S"), **init.entries.get("args", {})}
-        known = {k: known[k] for k in ("size", "data", "holdout", "mirror") if k in known}
+        known = {"size": sizes.get(init.config.width, "S")}
+        if "config" in init.entries:  # ours
+            flags = init.entries.get("args", {})
+            known.update({k: flags[k] for k in ("size", "data", "holdout", "mirror") if k in flags})
 
     # The latent cache. The recipe depends on its images and on the side of its latents.
     demo = first.size in (None, "XS")

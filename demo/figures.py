@@ -1,5 +1,5 @@
-"""Draw the attention masks (Figure 3) and what the semantic features hold: Figures 1 and 5 of the
-paper, and S of Eq. 14.
+"""Draw the attention masks (Figure 3), the way of the sampler, and what the semantic features hold:
+Figures 1 and 5 of the paper, and S of Eq. 14.
 
     python demo/figures.py masks
         columns: chains of 1, 4 and 16 images; no model is loaded
@@ -7,6 +7,8 @@ paper, and S of Eq. 14.
         columns: A, B, and half of the features of each (Figure 5)
     python demo/figures.py features --class 0 1 5 8 9
         columns: the first features alone (Figure 1)
+    python demo/figures.py steps --class trouser bag
+        columns: x_t at each step of the sampler, from noise to the image
     python demo/figures.py similarity --class trouser
         S of one class: -1 blue, 0 white, 1 red
 
@@ -39,15 +41,14 @@ def encode_last(model, labels, seed):
     return model.encode(labels, chain)
 
 
-def decode_last(model, vae, c, seed):
-    """Decode conditions c [N, K, width], any K; returns uint8 images [N, H, W, 3]."""
+def decode_last(model, c, seed, on_step=None):
+    """Decode conditions c [N, K, width], any K; returns latents [N, C, H, W]."""
     cfg = np.ravel(model.sampling.cfg)[-1].item()
     null = torch.full((len(c),), model.config.num_classes, device=c.device)
     noise_sampler = per_image_noise(seed, range(len(c)))
     noise = noise_sampler(torch.empty(len(c), *model.config.latent_shape, device=c.device))
     c_null = model.encode(null)
-    latents = model.decode(c, noise, c_null, noise_sampler, cfg=cfg)
-    return latents_to_images(vae, latents)
+    return model.decode(c, noise, c_null, noise_sampler, on_step, cfg=cfg)
 
 
 def fuse(model, labels, seed):
@@ -124,7 +125,7 @@ def parse():
     parser = make_parser(__doc__)
     add = parser.add_argument
     count = bounded(int, 1)
-    add("figure", choices=["fusion", "features", "similarity", "masks"])
+    add("figure", choices=["fusion", "features", "steps", "similarity", "masks"])
     add(
         "--class",
         nargs="+",
@@ -167,14 +168,20 @@ def main():
         vae = load_vae(beside if beside.exists() else DEMO_VAE, device, model)
         labels = labels.repeat_interleave(args.n)
         if args.figure == "fusion":
-            columns = fuse(model, labels, args.seed)
+            conditions = fuse(model, labels, args.seed)
         else:
             c = encode_last(model, labels, args.seed)
             counts = args.counts or [c.shape[1] // k for k in (8, 4, 2, 1)]
             if max(counts) > c.shape[1]:
                 raise UserError(f"--counts: the model has {c.shape[1]} features, not more")
-            columns = [c[:, :k] for k in counts]
-        images = [decode_last(model, vae, c, args.seed) for c in columns]
+            conditions = [c[:, :k] for k in counts]
+        if args.figure == "steps":
+            columns = []
+            x = decode_last(model, c, args.seed, lambda t, x_t: columns.append(x_t))
+            columns.append(x)
+        else:
+            columns = [decode_last(model, c, args.seed) for c in conditions]
+        images = [latents_to_images(vae, x) for x in columns]
         save_grid(np.stack(images, axis=1), args.out)
     print(f"wrote {args.out}")
 

@@ -65,6 +65,17 @@ def test_features_decodes_the_first_of_them(run):
     assert np.abs(first_16 - all_64).mean() > 1
 
 
+@pytest.mark.weights
+def test_steps_go_from_noise_to_the_image(run):
+    run("steps --class trouser --n 1 --steps 3 --out steps.png")
+    run("features --counts 64 --class trouser --n 1 --steps 3 --out features.png")
+    *way, last = columns("steps.png", 4)
+    (image,) = columns("features.png", 1)
+    assert np.array_equal(last, image)
+    distances = [np.abs(x - image).mean() for x in way]
+    assert distances[0] > distances[1] > distances[2] > 1
+
+
 def dark_lines(picture):
     """Positions of the columns, and of the rows, of a picture [N, N, 3] that are black."""
     black = picture.max(-1) == 0

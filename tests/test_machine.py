@@ -174,6 +174,12 @@ def test_a_left_over_world_size_is_one_line_in_every_script(command):
         assert "WORLD_SIZE is set, RANK is not" in err
 
 
+@pytest.mark.parametrize("script", ["fid.py", "diversity.py", "demo/train_vae.py"])
+def test_what_runs_as_one_process_refuses_torchrun(script, command):
+    _, err = command(script, expect=2, env=dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"))
+    assert "runs as one process: start it without torchrun" in err
+
+
 def test_no_terminal_and_one_of_few_letters_stop_nothing(cache, tmp_path):
     line = [sys.executable, str(ROOT / "vae.py"), "encode", "--data", "photos", "--vae", "vae.pt"]
     save_images(tmp_path / "photos", ["größe/0.png"])

@@ -1,5 +1,6 @@
 """sample.py on the bundled weights, and the download of the released ones from a local server."""
 
+import dataclasses
 import http.server
 import threading
 
@@ -10,10 +11,10 @@ from conftest import ROOT
 from golden import write_released
 from in_process import run_in_process
 from PIL import Image
-from test_vae import refused, run, run_together, start, wait_for_parts  # noqa: F401
+from test_vae import SMALL, refused, run, run_together, save_vae, start, wait_for_parts  # noqa: F401
 
 import sample
-from model import load_file
+from model import load_checkpoint, load_file
 from vae import latents_to_images, load_vae
 
 RELEASED = "/zhendch/Transdiff/resolve/main"
@@ -109,6 +110,13 @@ def test_a_set_has_the_proportions_of_the_training_set(run):
     assert np.load("b.npz")["arr_1"].tolist() == [0, 1, 3, 4] * 5
     run("sample.py --ckpt own.pt --num 6 --class 3 1 --refs 1 --steps 1 --out c.npz")
     assert sorted(np.load("c.npz")["arr_1"]) == [1] * 5 + [3]
+
+
+def test_a_model_without_its_vae_beside_it_is_said_in_words_of_the_command(run):
+    """No flag is blamed that was not given."""
+    torch.save({**load_file(MODEL), "vae_digest": "another"}, "ema.pt")
+    err = run("sample.py --ckpt ema.pt --n 1", expect=2).err
+    assert "not the VAE of this model's latents; name that with --vae" in err
 
 
 def test_imagenet_is_drawn_in_equal_numbers():
@@ -230,6 +238,21 @@ def test_pretrained_fetches_once_and_draws(run, hub):
     assert np.load("x.npz")["arr_0"].shape == (1, 256, 256, 3)
     run(f"{draw} --class hat", expect=2)  # is noticed after both files are loaded
     assert len(hub.requests) == 2
+
+
+def test_stage_2_starts_from_a_released_model_by_its_name(run, hub, garments):
+    """On images of one's own: its size and positions; a line, since the VAE is another."""
+    run("sample.py --pretrained B-mrar --class 1 --n 1 --refs 1 --steps 1 --out x.npz")
+    save_vae("vae.pt", dict(SMALL, z_channels=16), 32)
+    np.savez("photos.npz", images=garments[0][:8], labels=np.arange(8) // 4)
+    run("vae.py encode --data photos.npz --vae vae.pt --image-size 64 --out cache")
+    flags = "--data cache --steps 1 --batch-size 1 --lr 0 --dtype fp32"
+    out = run(f"finetune_mrar.py --init B-mrar {flags}").out
+    assert "was trained on latents of kl16, these are of another VAE" in out
+    assert len(hub.requests) == 2  # nothing is fetched twice
+    ours, theirs = (load_checkpoint(path) for path in ("runs/mrar/last.pt", "B-mrar"))
+    assert ours.config == dataclasses.replace(theirs.config, num_classes=2)
+    assert torch.equal(ours.decoder.positions, theirs.decoder.positions)
 
 
 @pytest.mark.parametrize("name,cut,message", [
