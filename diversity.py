@@ -4,9 +4,10 @@
     python diversity.py --ckpt runs/train/ema-*.pt > curve.csv    of --keep-every (Figure 4a)
 
 The table on stdout is CSV. `similarity` is the mean |S_ij| over i != j (Eq. 15), smaller is more
-diverse; `released` is the release's measure, the mean of all of S, diagonal and signs included. The
-features are the AR Transformer's output before the second position embedding, for MRAR those of the
-whole chain. Those of 1-step AR are a function of the class alone: no seed changes them.
+diverse; `centred` is Eq. 15 of the features less their mean (below); `released` is the release's
+measure, the mean of all of S, diagonal and signs included. The features are the AR Transformer's
+output before the second position embedding, for MRAR those of the whole chain. Those of 1-step AR
+are a function of the class alone: no seed changes them.
 """
 
 import csv
@@ -46,16 +47,21 @@ def chain_features(model, labels, seed):
 
 
 def measure(model, seeds, device):
-    """Mean over classes and seeds of Eq. 15, and of the release's mean of all of S."""
+    """Means over classes and seeds of Eq. 15, of Eq. 15 centred, and of the release's measure.
+
+    A large vector that is common to all features makes every S_ij positive, but tells no image from
+    another. `centred` takes it off: the mean over the classes and positions of one seed.
+    """
     classes = torch.tensor(model.info["counts"], device=device).nonzero()[:, 0]
-    ours = []
-    released = []
+    rows = []
     for seed in range(seeds):
-        for labels in classes.split(64):
-            S = similarity(chain_features(model, labels, seed))
-            ours.append(mean_abs_offdiagonal(S))
-            released.append(S.mean((-1, -2)))
-    return torch.cat(ours).mean().item(), torch.cat(released).mean().item()
+        parts = [chain_features(model, labels, seed).cpu() for labels in classes.split(64)]
+        mean = torch.cat(parts).mean((0, 1))
+        for features in parts:
+            S = similarity(features)
+            centred = mean_abs_offdiagonal(similarity(features - mean))
+            rows.append(torch.stack([mean_abs_offdiagonal(S), centred, S.mean((-1, -2))]))
+    return torch.cat(rows, dim=1).mean(1).tolist()
 
 
 def main():
@@ -67,11 +73,12 @@ def main():
     device = pick_device(args.device)
 
     table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(["step", "checkpoint", "similarity", "released"])
+    table.writerow(["step", "checkpoint", "similarity", "centred", "released"])
     for ckpt in tqdm(args.ckpt, unit="checkpoint"):
         model = load_checkpoint(ckpt, device)
-        ours, released = measure(model, args.seeds if model.config.refs > 1 else 1, device)
-        table.writerow([model.info.get("step", 0), ckpt, f"{ours:.4f}", f"{released:.4f}"])
+        measures = measure(model, args.seeds if model.config.refs > 1 else 1, device)
+        step = model.info.get("step", 0)
+        table.writerow([step, ckpt, *(f"{value:.4f}" for value in measures)])
 
 
 if __name__ == "__main__":

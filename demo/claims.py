@@ -370,7 +370,7 @@ def held_out_images(seed):
 
     rng = np.random.default_rng(seed)
     references = {}
-    for kind, shift in (("real", 0), ("of another class", 1)):
+    for kind, shift in (("real", 0), ("of another class", 1), ("of another chain", 0)):
         chosen = []
         for i, label in enumerate(labels[:N]):
             others = np.flatnonzero(labels == (label + shift) % len(cache.classes))
@@ -384,15 +384,21 @@ def held_out_images(seed):
     return [x.to(args.device) for x in images], references
 
 
-def losses(model, images, null, references=None):
-    """Loss (Eq. 8) of each image as the next one of a chain of references [N, k, C, h, w]: [N]."""
+def encode(model, labels, references=None):
+    """c of labels [N] and references [N, k, C, h, w] or None."""
+    parts = torch.arange(len(labels)).split(64)
+    return torch.cat(
+        [model.encode(labels[i], None if references is None else references[i]) for i in parts]
+    )
+
+
+def losses(model, images, c):
+    """Loss (Eq. 8) of each image, given its condition c [N, K, D]: [N]."""
     values = []
-    for i in torch.arange(len(images[0])).split(64):
-        x, labels, t, noise = (part[i] for part in images)
-        labels = torch.full_like(labels, model.config.num_classes) if null else labels
-        c = model.encode(labels, None if references is None else references[i])
+    for i in torch.arange(len(c)).split(64):
+        x, _, t, noise = (part[i] for part in images)
         x = x[:, None]
-        v = model.decoder(add_noise(x, noise, t), t, model.decoder.keys_values(c))
+        v = model.decoder(add_noise(x, noise, t), t, model.decoder.keys_values(c[i]))
         values.append((v - (noise - x)).square().mean((1, 2, 3, 4)))
     return torch.cat(values)
 
@@ -402,18 +408,53 @@ def compare_references(seed):
     """Rows (setting, metric, value) of stage 2 as it goes on: what references take off the loss of
     the next image (the gain)."""
     images, kinds = held_out_images(seed)
-    cases = {f"{kind}, image 3": chain for kind, chain in kinds.items()}
+    cases = {f"{kind}, image 3": kinds[kind] for kind in ("real", "of another class")}
     cases["real, image 1"] = kinds["real"][:, :1]
     rows = []
     for path in sorted(stage2(seed).glob("ema-*.pt")):
         model = load_checkpoint(path, args.device)  # float32, since the differences are small
-        for null, condition in enumerate(("class", "null class")):
-            alone = losses(model, images, null)
+        null = torch.full_like(images[1], model.config.num_classes)
+        for condition, labels in (("class", images[1]), ("null class", null)):
+            alone = losses(model, images, encode(model, labels))
             for case, references in cases.items():
-                gain = alone - losses(model, images, null, references)
+                gain = alone - losses(model, images, encode(model, labels, references))
                 setting = f"{condition}, step {int(path.stem[4:])}, {case}"
                 rows.append((setting, "gain", gain.mean().item()))
     return rows
+
+
+@torch.no_grad()
+def compare_conditions(name, path, seed):
+    """Rows (setting, metric, value) of a model: losses of held-out images under changed conditions,
+    and the part of the features' variance that is outside their mean.
+
+    The conditions of MRAR are those of image 3 of a chain.
+    """
+    images, kinds = held_out_images(seed)
+    model = load_checkpoint(path, args.device)  # float32, since the differences are small
+    labels = images[1]
+    other = (labels + 1) % model.config.num_classes
+    null = torch.full_like(labels, model.config.num_classes)
+    chains = dict.fromkeys(kinds) if model.config.refs == 1 else kinds  # 1-step: no references
+    c = encode(model, labels, chains["real"])
+    conditions = {
+        "c": c,
+        "positions of c shuffled": c[:, torch.randperm(c.shape[1])],
+        "mean of c at every position": c.mean(1, keepdim=True).expand_as(c),
+        "c of another class": encode(model, other, chains["of another class"]),
+        "c of null": encode(model, null, chains["real"]),
+    }
+    if model.config.refs > 1:
+        n = model.config.tokens_per_image
+        conditions["first block of c alone"] = c[:, :n]
+        conditions["own block of c alone"] = c[:, -n:]
+        for kind in ("of another chain", "of another class"):
+            conditions[f"references {kind}"] = encode(model, labels, kinds[kind])
+    rows = [(name, f"loss, {k}", losses(model, images, c).mean()) for k, c in conditions.items()]
+    features = diversity.chain_features(model, torch.arange(10, device=args.device), 0)
+    mean = features.mean((0, 1))
+    outside = 1 - mean.square().sum() / features.square().sum(-1).mean()
+    return [(*row[:2], row[2].item()) for row in (*rows, (name, "variance outside", outside))]
 
 
 # -------------------------------------------------------------------------------- the claims
@@ -429,6 +470,18 @@ def references(seed):
     """References carry something (Section 3.2): they lower the loss of the same held-out images, t
     and noise."""
     return cached(f"references, seed {seed}", lambda: compare_references(seed))
+
+
+def condition(seed):
+    """What c holds, and what Eq. 15 measures (ours)."""
+    paths = {"stage 1": stage1(seed), "control": control(seed), "MRAR": stage2(seed)}
+    paths = {name: folder / "ema.pt" for name, folder in paths.items()}
+    if seed == args.seeds[0]:
+        paths.update({"bundled 1-step": DEMO / "1step.pt", "bundled MRAR": DEMO_MODEL})
+    for name, path in paths.items():
+        compare = functools.partial(compare_conditions, name, path, seed)
+        yield from cached(f"condition, {name}, seed {seed}", compare)
+        yield from similarities(name, seed, path)
 
 
 def autoguidance(seed):
@@ -521,6 +574,7 @@ def similarities(name, seed, path):
 
     row = cached(f"similarity, {name}, seed {seed}", compute)
     yield name, "similarity (Eq. 15)", float(row["similarity"])
+    yield name, "centred", float(row["centred"])
     yield name, "similarity (release)", float(row["released"])
 
 
@@ -597,6 +651,7 @@ FUNCTIONS = (
     neighbours,
     features,
     references,
+    condition,
     autoguidance,
     interval,
     noise,

@@ -10,7 +10,8 @@ Figures 1 and 5 of the paper, and S of Eq. 14.
     python demo/figures.py steps --class trouser bag
         columns: x_t at each step of the sampler, from noise to the image
     python demo/figures.py similarity --class trouser
-        S of one class: -1 blue, 0 white, 1 red
+        S of one class: -1 blue, 0 white, 1 red; right: of its features less their mean over (up to
+        64) classes and positions
 
 All images of a row start from the same noise. Guidance is that of the last image, against the null
 class without references.
@@ -61,8 +62,8 @@ def fuse(model, labels, seed):
     return a, b, torch.cat([a[:, :half], b[:, half:]], dim=1)
 
 
-def draw_heatmap(S, refs, path):
-    """Write S [K, K] as a PNG of at least 512 px; black lines between the images."""
+def heatmap(S, refs):
+    """Picture of S [K, K], at least 512 px; black lines between the images."""
     zoom = -(-512 // len(S))
     grey = Image.fromarray(((S + 1) * 127.5).round().byte().numpy())
     picture = ImageOps.colorize(grey, black=(30, 60, 160), mid="white", white=(180, 20, 30))
@@ -72,6 +73,18 @@ def draw_heatmap(S, refs, path):
         line = k * picture.width // refs
         draw.line([line, 0, line, picture.width], "black")
         draw.line([0, line, picture.width, line], "black")
+    return picture
+
+
+def draw_similarity(features, of_classes, refs, path):
+    """Write S of the features [1, K, D] of a class; right: less the mean of those of all classes
+    [N, K, D]."""
+    centred = features - of_classes.mean((0, 1))
+    maps = [heatmap(similarity(x)[0], refs) for x in (features, centred)]
+    side = maps[0].width
+    picture = Image.new("RGB", (2 * side + 16, side), "white")
+    picture.paste(maps[0], (0, 0))
+    picture.paste(maps[1], (side + 16, 0))
     atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 
@@ -161,8 +174,9 @@ def main():
     classes = [class_index("--class", word, model) for word in args.classes]
     labels = torch.tensor(classes, device=device)
     if args.figure == "similarity":
-        S = similarity(chain_features(model, labels[:1], args.seed))[0]
-        draw_heatmap(S, model.config.refs, args.out)
+        trained = torch.tensor(model.info["counts"], device=device).nonzero()[:64, 0]
+        features = chain_features(model, torch.cat([labels[:1], trained]), args.seed)
+        draw_similarity(features[:1], features[1:], model.config.refs, args.out)
     else:
         beside = path.parent / "vae.pt"
         vae = load_vae(beside if beside.exists() else DEMO_VAE, device, model)

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import math
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from train import read_chains
 
 ARGV = "demo/claims.py --quick --out study"
 CLAIMS = (
-    "mrar baselines scales neighbours features references autoguidance interval noise samplers "
+    "mrar baselines scales neighbours features references condition autoguidance interval noise samplers "
     "s1_s2 t steps refs length"
 ).split()
 
@@ -114,12 +113,11 @@ def test_neighbours_are_chains_of_one_class_that_use_each_image_once(tmp_path, m
     means = np.concatenate([moments[order], np.zeros_like(moments)], axis=1)
     cache = SimpleNamespace(
         labels=order // 12, classes=["a", "b"], scale=1.0, path=tmp_path,
-        moments=lambda indices, flips: means[indices],
+        moments=lambda indices, flips: means[indices], names=lambda: names,
     )  # fmt: skip
+    names = [f"{cache.classes[k]}/{i}" for i, k in enumerate(cache.labels)]
     monkeypatch.setattr(claims, "cache_of", lambda seed: (cache, np.arange(24), None))
     monkeypatch.setattr(claims.args, "out", tmp_path, raising=False)
-    names = [f"{cache.classes[k]}/{i}" for i, k in enumerate(cache.labels)]
-    (tmp_path / "names.json").write_text(json.dumps(names))  # as encoding an .npz writes it
     chains = read_chains(claims.neighbour_chains(0), cache, np.arange(24), 4)
     assert sorted(chains.ravel()) == list(range(24))
     assert all(len(set(order[chain] // 4)) == 1 for chain in chains)

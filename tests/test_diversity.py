@@ -72,8 +72,11 @@ def test_a_table_has_a_row_for_each_checkpoint_or_folder_of_a_run(tmp_path, tabl
     assert [row["step"] for row in rows] == ["7", "9"]
     assert [row["checkpoint"] for row in rows] == ["run", "ema-9.pt"]
     for row, model in zip(rows, models):
-        S = similarity(model.ar(torch.arange(5)).detach())
+        features = model.ar(torch.arange(5)).detach()
+        S = similarity(features)
         values = mean_abs_offdiagonal(S)
+        centred = mean_abs_offdiagonal(similarity(features - features.mean((0, 1))))
+        assert float(row["centred"]) == pytest.approx(centred.mean().item(), abs=1e-4)
         assert float(row["released"]) == pytest.approx(S.mean().item(), abs=1e-4)
         assert float(row["similarity"]) == pytest.approx(values.mean().item(), abs=1e-4)
 
@@ -87,6 +90,17 @@ def test_the_numbers_of_mrar_are_means_over_chains_of_several_seeds(tmp_path, ta
     expected = dict(similarity=values.mean(), released=S.mean())
     for name, value in expected.items():
         assert float(row[name]) == pytest.approx(value.item(), abs=1e-4)
+
+
+def test_centred_does_not_see_a_vector_that_all_features_share(tmp_path, table):
+    model = build(ONE_STEP)
+    save(model, tmp_path / "ema.pt")
+    with torch.no_grad():
+        model.ar.norm_out.bias += 30 * torch.randn(ONE_STEP.width)
+    save(model, tmp_path / "shared.pt")
+    before, after = table("--ckpt ema.pt shared.pt")
+    assert float(after["similarity"]) > 0.9 > float(before["similarity"])
+    assert float(after["centred"]) == pytest.approx(float(before["centred"]), abs=2e-3)
 
 
 def test_a_missing_checkpoint_is_refused_in_one_line(refused):

@@ -11,7 +11,7 @@ from test_model import ONE_STEP, build
 from test_sample import MODEL, VAE, columns
 
 from diversity import similarity
-from figures import draw_heatmap
+from figures import heatmap
 from model import SIZES, attention_masks, load_checkpoint, per_image_noise
 from vae import latents_to_images, load_vae
 
@@ -85,9 +85,10 @@ def dark_lines(picture):
 @pytest.mark.weights
 def test_the_heatmap_marks_the_blocks_of_the_images(run):
     run("similarity --class trouser --steps 2 --out new/S.png")
-    picture = np.asarray(Image.open("new/S.png"))
-    assert picture.shape == (512, 512, 3)
-    assert dark_lines(picture) == [[128, 256, 384]] * 2  # 4 images of 16 tokens, of 8 pixels each
+    both = np.asarray(Image.open("new/S.png"))
+    assert both.shape == (512, 2 * 512 + 16, 3)
+    for picture in (both[:, :512], both[:, -512:]):  # 4 images of 16 tokens, of 8 pixels each
+        assert dark_lines(picture) == [[128, 256, 384]] * 2
     diagonal = picture[np.arange(4, 512, 8), np.arange(4, 512, 8)]
     assert (diagonal == [180, 20, 30]).all()  # S_ii is 1
 
@@ -97,16 +98,20 @@ def test_the_heatmap_of_a_one_step_model_is_one_block(run):
     config = dataclasses.asdict(model.config)
     torch.save(dict(model=model.state_dict(), config=config), "ema.pt")
     run("similarity --ckpt ema.pt --class 3 --out S.png")
-    picture = np.asarray(Image.open("S.png"))
-    assert picture.shape == (512, 512, 3) and dark_lines(picture) == [[], []]
-    S = similarity(model.ar(torch.tensor([3]))).detach().numpy()[0]
-    green = picture[16::32, 16::32, 1]  # from 255, white, at 0 to 20, red, at 1; 60, blue, at -1
-    np.testing.assert_allclose(green, np.where(S > 0, 255 - 235 * S, 255 + 195 * S), atol=3)
+    both = np.asarray(Image.open("S.png"))
+    features = model.ar(torch.arange(5)).detach()
+    for picture, x in (
+        (both[:, :512], features),
+        (both[:, -512:], features - features.mean((0, 1))),
+    ):
+        assert picture.shape == (512, 512, 3) and dark_lines(picture) == [[], []]
+        S = similarity(x[3]).numpy()
+        green = picture[16::32, 16::32, 1]  # 255, white, at 0; 20, red, at 1; 60, blue, at -1
+        np.testing.assert_allclose(green, np.where(S > 0, 255 - 235 * S, 255 + 195 * S), atol=3)
 
 
-def test_negative_similarity_is_blue(tmp_path):
-    draw_heatmap(torch.tensor([[1.0, -1.0], [-1.0, 0.0]]), 1, tmp_path / "S.png")
-    picture = np.asarray(Image.open(tmp_path / "S.png")).astype(int)
+def test_negative_similarity_is_blue():
+    picture = np.asarray(heatmap(torch.tensor([[1.0, -1.0], [-1.0, 0.0]]), 1)).astype(int)
     assert np.abs(picture[128::256, 128::256] - [
         [[180, 20, 30], [30, 60, 160]],
         [[30, 60, 160], [255, 255, 255]],
