@@ -51,13 +51,12 @@ RECIPES = {
     # another lr may suit float32.
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, batch_mul=2),
     "only decoder": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, batch_mul=4, ema=0.999),
-    # Fewer images: `steps`, or as many as `epochs` need if that is more. lr is that of S.
-    "few 1-step": dict(OURS, steps=5000, epochs=400, lr=1e-3, batch_mul=4, batch_size=256),
-    "few MRAR": dict(OURS, steps=500, epochs=40, lr=5e-4, batch_mul=2, batch_size=64),
-    "few only decoder": dict(OURS, steps=500, epochs=40, lr=5e-4, batch_mul=4, batch_size=256),
-    "XS 1-step": dict(OURS, steps=1600, epochs=10, lr=2e-3, batch_mul=1, batch_size=64),
-    "XS MRAR": dict(OURS, steps=500, epochs=3, lr=1e-3, batch_mul=1, batch_size=16),
-    "XS only decoder": dict(OURS, steps=500, epochs=3, lr=1e-3, batch_mul=1, batch_size=64),
+    # Fewer images; batch_size counts images here, in "later" stages too. Steps: as many as the
+    # epochs need, at least `steps`. lr is that of S.
+    "few": dict(OURS, steps=5000, epochs=400, lr=1e-3, batch_mul=4, batch_size=256),
+    "few, later": dict(OURS, steps=500, epochs=40, lr=5e-4, batch_mul=2, batch_size=256),
+    "XS": dict(OURS, steps=1600, epochs=10, lr=2e-3, batch_mul=1, batch_size=64),
+    "XS, later": dict(OURS, steps=500, epochs=3, lr=1e-3, batch_mul=1, batch_size=64),
 }
 # Of XS, and of models of fewer images; the others have the released settings.
 OUR_SAMPLING = Sampling("adams-bashforth", steps=8, cfg=2.25, null_refs=False, s1=1.0, s2=1.0)
@@ -643,6 +642,22 @@ def training_parser(doc, out):
 FIXED = "size refs chains seed batch_size holdout mirror only_decoder".split()
 
 
+def recipe(stage, size, width, refs, num_images, batch_size):
+    """Default values of flags, from RECIPES, for a stage of a model on so many images; batch_size:
+    the flag, or None."""
+    if size != "XS" and num_images >= MANY_IMAGES:
+        return RECIPES[stage]
+    name = "XS" if size == "XS" else "few"
+    flags = dict(RECIPES[name if stage == "1-step" else f"{name}, later"])
+    flags["batch_size"] = max(1, flags["batch_size"] // refs)
+    epochs = flags.pop("epochs")
+    steps = epochs * num_images // (refs * (batch_size or flags["batch_size"]))
+    flags["steps"] = max(flags["steps"], steps)
+    if name == "few":
+        flags["lr"] *= 384 / width
+    return flags
+
+
 def parse(parser):
     """(flags, contents of the last.pt of --resume, Checkpoint of --init).
 
@@ -697,17 +712,10 @@ def parse(parser):
     width = init.config.width if init else SIZES[size].width
     if init and first.size and SIZES[size].width != width:
         raise UserError(f"--size {size}: the model of --init has width {width}; leave out --size")
-    few = size != "XS" and num_images < MANY_IMAGES
-    recipe = dict(RECIPES[f"XS {stage}" if size == "XS" else f"few {stage}" if few else stage])
-    if few:
-        recipe["lr"] *= 384 / width
-    if "steps" in recipe:
-        images_per_step = first.refs * (first.batch_size or recipe["batch_size"])
-        steps = recipe.pop("epochs") * num_images // images_per_step
-        recipe["steps"] = max(recipe["steps"], steps)
+    defaults.update(recipe(stage, size, width, first.refs, num_images, first.batch_size))
     if first.epochs:
-        recipe["steps"] = None
-    defaults.update(recipe, size=size, dtype=pick_dtype(None, device, width))
+        defaults["steps"] = None
+    defaults.update(size=size, dtype=pick_dtype(None, device, width))
     parser.set_defaults(**{**defaults, **known})
     args = parser.parse_args()
 

@@ -193,7 +193,7 @@ def long_stage1(seed):
 
 def control(seed, name="control", init=None, **others):
     """Stage 1 trained on with the learning rate, schedule, length and images of stage 2."""
-    recipe = train.RECIPES["XS MRAR"]
+    recipe = train.RECIPES["XS, later"]
     flags = {k: recipe[k] for k in ("lr", "warmup", "cooldown", "ema", "batch_mul")}
     flags.update(steps=args.tune, batch_size=args.images, sample_every=args.pictures)
     flags.update(others, init=init or stage1(seed), seed=seed)
