@@ -244,18 +244,16 @@ def train(args, last=None, init=None, model_class=TransDiff):
 
     # -------- model, EMA, optimizer: new, from --init, or as last.pt has them
     channels, latent_size, _ = cache.latent_shape
-    config = init.config if init else SIZES[args.size]
-    if not init:  # c has a token per position of the latents, at most as many as the size has
-        cond_tokens = min(config.cond_tokens, latent_size**2)
-        config = dataclasses.replace(config, cond_tokens=cond_tokens, class_tokens=cond_tokens // 4)
-    config = dataclasses.replace(
-        config,
-        refs=args.refs,
-        num_classes=len(cache.classes),
-        latent_channels=channels,
-        latent_size=latent_size,
-    )
-    config = Config(**last["config"]) if last else config
+    data = dict(num_classes=len(cache.classes), latent_channels=channels, latent_size=latent_size)
+    if last:
+        config = Config(**last["config"])
+    elif init:
+        config = dataclasses.replace(init.config, refs=args.refs, **data)
+    else:  # c has a token per position of the latents, at most as many as the size has
+        size = SIZES[args.size]
+        tokens = min(size.cond_tokens, latent_size**2)
+        data.update(cond_tokens=tokens, class_tokens=tokens // 4)
+        config = dataclasses.replace(size, refs=args.refs, **data)
     torch.manual_seed(args.seed)
     model = model_class(config)
     if args.size == "XS" or len(cache.labels) < MANY_IMAGES:

@@ -559,8 +559,9 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
         f"classes: {shorten(images.classes)}"
     )
     print(f"scale of the latents {vae.scale:.4f}, from {vae.scale_from}")
-    if side % 2 or side > 8 and side % 8:
-        print(f"latents of {side} x {side}: MRAR needs 2, 4, 6 or a multiple of 8 (XS: of 4)")
+    if side % 8 and side not in (2, 4, 6):
+        rule = "an even side up to 16 (XS: 8), above it a multiple of 8 (XS: of 4)"
+        print(f"latents of {side} x {side}: MRAR needs {rule}")
     print(f"mean error of the VAE {error:.3f} of 2, see {out}/reconstructions.png")
     if error > 0.1:
         print(

@@ -664,6 +664,17 @@ def test_a_buffer_that_is_not_saved_does_not_hinder_loading(tmp_path, monkeypatc
     assert torch.equal(loaded.cond_positions, model.cond_positions)
 
 
+def test_a_checkpoint_has_the_number_of_images_of_each_class(tmp_path):
+    """An older one has the classes without images."""
+    model = build(SMALL)
+    counts = lambda **entries: load_checkpoint(save(model, tmp_path / "m.pt", **entries)).info[
+        "counts"
+    ]
+    assert counts() == [1, 1, 1, 1, 1]
+    assert counts(counts=[7, 0, 2, 3, 1]) == [7, 0, 2, 3, 1]
+    assert counts(empty=[1, 4]) == [1, 0, 1, 1, 0]
+
+
 def test_a_checkpoint_carries_its_sampling_settings(tmp_path):
     model = build(SMALL)
     settings = dict(sampler="adams-bashforth", steps=3, cfg=1.7, cfg_below=0.6, null_refs=False)

@@ -14,7 +14,7 @@ from PIL import Image
 from test_vae import SMALL, refused, run, run_together, save_vae, start, wait_for_parts  # noqa: F401
 
 import sample
-from model import load_checkpoint, load_file
+from model import SIZES, TransDiff, load_checkpoint, load_file
 from vae import latents_to_images, load_vae
 
 RELEASED = "/zhendch/Transdiff/resolve/main"
@@ -119,7 +119,14 @@ def test_a_model_without_its_vae_beside_it_is_said_in_words_of_the_command(run):
     assert "not the VAE of this model's latents; name that with --vae" in err
 
 
-def test_imagenet_is_drawn_in_equal_numbers():
+def test_imagenet_is_drawn_in_equal_numbers(run):
+    """Any model of 1,000 classes is."""
+    config = dataclasses.replace(SIZES["XS"], num_classes=1000, width=32, heads=1)
+    model = TransDiff(config)
+    entries = dict(config=dataclasses.asdict(config), counts=[1, 999, *[0] * 998])
+    torch.save(dict(entries, model=model.state_dict()), "ema.pt")
+    run(f"sample.py --ckpt ema.pt --vae {VAE} --num 4 --steps 1 --cfg 1 --out s.npz")
+    assert np.load("s.npz")["arr_1"].tolist() == [0, 1, 0, 1]
     weights = np.random.default_rng(0).integers(732, 1301, 1000)
     assert np.bincount(sample.in_turn(np.ones(1000), 50_000)).tolist() == [50] * 1000
     drawn = np.bincount(sample.in_turn(weights, 50_000))

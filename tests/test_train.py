@@ -26,7 +26,7 @@ from test_vae import SMALL, refused, run, save_small_vae, save_vae  # noqa: F401
 import model
 import train
 import vae
-from model import SIZES, TransDiff, derive_seed, load_checkpoint, load_file
+from model import SIZES, Sampling, TransDiff, derive_seed, load_checkpoint, load_file
 from train import RECIPES, Chains, learning_rate, make_optimizer, split
 from vae import LatentCache, encode_images, growing_scales, load_vae, open_images, sample_posterior
 
@@ -295,18 +295,26 @@ def test_the_recipe_follows_the_images_the_latents_and_the_size(
     assert (args.size, args.steps, args.batch_size, args.lr, args.batch_mul) == recipe
 
 
-def test_a_new_model_has_a_condition_token_for_each_position_of_its_latents(project, tiny, run):
-    """As S and B have it at 256 px, which here are of XS's shape but for c."""
+def test_a_new_model_has_a_condition_token_for_each_position_of_its_latents(
+    project, tiny, run, monkeypatch
+):
+    """As S and B have it at 256 px, which here are of XS's shape but for c. The sampling settings
+    are the released ones from so many images on."""
+    monkeypatch.setattr(train, "MANY_IMAGES", train.MANY_IMAGES)
     for name, cond_tokens in (("wide", 256), ("narrow", 16)):
         size = dataclasses.replace(SIZES["XS"], cond_tokens=cond_tokens)
-        model.SIZES[name] = dataclasses.replace(size, width=32, heads=1, ar_depth=1, dit_depth=1)
+        small = dataclasses.replace(size, width=32, heads=1, ar_depth=1, dit_depth=1)
+        monkeypatch.setitem(model.SIZES, name, small)
         run(f"train.py {SHORT} --steps 1 --size {name} --out {name}")
         run(f"finetune_mrar.py --init {name} --steps 1 --batch-size 2 --out {name}-mrar")
         for folder in (name, f"{name}-mrar"):
             config = load_checkpoint(folder).config
             assert config.cond_tokens == min(cond_tokens, 64)
             assert config.class_tokens == config.cond_tokens // 4
-        del model.SIZES[name]
+            assert load_checkpoint(folder).sampling == train.OUR_SAMPLING  # few images
+    train.MANY_IMAGES = 60
+    run(f"train.py {SHORT} --steps 1 --size narrow --lr 0.1 --batch-mul 1 --out many")
+    assert load_checkpoint("many").sampling == Sampling()
 
 
 def test_a_resumed_run_says_how_its_learning_rate_changes(project, tiny, run):
