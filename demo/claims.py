@@ -2,12 +2,12 @@
 process.
 
     python demo/claims.py                     all claims, seeds 0 1 2: many hours
-    python demo/claims.py --rows mrar refs    some claims; --rows alone: only the table and curves
+    python demo/claims.py --rows mrar refs    some claims; --rows alone: only tables and pictures
     python demo/claims.py --quick             a smoke test of all claims
 
-Writes claims.csv, one number per row, and curves claims-*.png to demo/; with --quick or --out to
+Writes claims.csv, one number per row, and pictures claims-*.png to demo/; with --quick or --out to
 OUT, where the runs are. A command that was stopped resumes when repeated: what is there is not made
-again. Prints mean and standard deviation over seeds as Markdown.
+again. Prints, as Markdown, the verdicts (verdicts.py), then mean and standard deviation over seeds.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import math
 import re
 import sys
 import tempfile
-from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +41,8 @@ import diversity  # noqa: E402
 import fid  # noqa: E402
 import finetune_mrar  # noqa: E402
 import train  # noqa: E402
-from curves import plot  # noqa: E402
+from curves import draw_curves, draw_verdicts  # noqa: E402
+from verdicts import by_claim, compare, markdown  # noqa: E402
 
 CFG = 2  # guidance scale where it is not the question
 CFG_BELOW = 0.65  # the part of t that `interval` guides
@@ -53,7 +53,6 @@ FULL = dict(
     steps=1600,  # of stage 1
     keep=400,  # steps between its kept checkpoints
     tune=500,  # steps of stage 2, and of the control
-    pictures=500,  # steps between pictures
     num=1000,  # chains to measure
     few=500,  # chains to measure where they take long
     positions=(0, 1, 2, 3, 15, 63),  # images of a chain to measure
@@ -73,7 +72,6 @@ QUICK = dict(
     steps=2,
     keep=2,
     tune=2,
-    pictures=0,
     num=10,
     few=10,
     positions=(0, 3),
@@ -96,19 +94,12 @@ load_vae = functools.cache(load_vae)
 class DiffusionOnly(TransDiff):
     """Table 1: no AR Transformer. c is the class embedding at every position, plus positions."""
 
-    def __init__(self, config):
-        super().__init__(dataclasses.replace(config, ar_depth=0))
+    def __init__(self, config, **others):
+        super().__init__(dataclasses.replace(config, ar_depth=0, **others))
 
     def encode(self, labels, references=None):
         embeddings = torch.cat([self.ar.class_embedding.weight, self.ar.null_class])
         return F.embedding(labels, embeddings)[:, None] + self.cond_positions
-
-
-class DeepDiffusionOnly(DiffusionOnly):
-    """Two blocks more in the decoder: 96 % of the parameters of TransDiff."""
-
-    def __init__(self, config):
-        super().__init__(dataclasses.replace(config, dit_depth=6))
 
 
 class NoAttention(nn.Module):
@@ -140,7 +131,8 @@ class DiffusionLoss(TransDiff):
 
 BASELINES = {
     "diffusion only": DiffusionOnly,
-    "diffusion only, 6 blocks": DeepDiffusionOnly,
+    # Two blocks more in the decoder: 96 % of the parameters of TransDiff.
+    "diffusion only, 6 blocks": functools.partial(DiffusionOnly, dit_depth=6),
     "diffusion loss": DiffusionLoss,
 }
 
@@ -171,10 +163,7 @@ def trained(name, script, **flags):
     """Folder of a training run: begun, resumed or already complete."""
     folder = args.out / name
     if not (folder / "complete").exists():
-        if (folder / "last.pt").exists():
-            run(script, "--resume", out=folder)
-        else:
-            run(script, out=folder, **flags)
+        run(script, "--resume", out=folder, **flags)
         (folder / "complete").touch()
     return folder
 
@@ -182,7 +171,7 @@ def trained(name, script, **flags):
 def stage1(seed, name="stage1", model_class=TransDiff, **others):
     script = SimpleNamespace(__name__="train", main=lambda: train.main(model_class))
     flags = dict(data=args.data, vae=DEMO_VAE, holdout=args.holdout, batch_size=args.images)
-    flags.update(steps=args.steps, keep_every=args.keep, sample_every=args.pictures)
+    flags.update(steps=args.steps, keep_every=args.keep, sample_every=0)
     flags.update(others, seed=seed)
     return trained(f"{name}-{seed}", script, **flags)
 
@@ -193,20 +182,16 @@ def long_stage1(seed):
 
 def control(seed, name="control", init=None, **others):
     """Stage 1 trained on with the learning rate, schedule, length and images of stage 2."""
-    recipe = train.RECIPES["XS, later"]
-    flags = {k: recipe[k] for k in ("lr", "warmup", "cooldown", "ema", "batch_mul")}
-    flags.update(steps=args.tune, batch_size=args.images, sample_every=args.pictures)
-    flags.update(others, init=init or stage1(seed), seed=seed)
+    flags = dict(train.RECIPES["XS, later"], steps=args.tune, batch_size=args.images)
+    del flags["epochs"]  # steps say the length
+    flags.update(others, init=init or stage1(seed), seed=seed, sample_every=0)
     return trained(f"{name}-{seed}", train, **flags)
 
 
 def stage2(seed, refs=4, name="mrar", **others):
     """MRAR: whatever the length of the chains, a step sees the same number of images."""
     flags = dict(steps=args.tune, batch_size=args.images // refs, refs=refs)
-    if refs == 4:
-        flags.update(keep_every=max(1, args.tune // 5), sample_every=args.pictures)
-    else:  # long chains take long to draw
-        flags.update(sample_every=0)
+    flags.update(keep_every=max(1, args.tune // 5), sample_every=0)
     flags.update(others, init=stage1(seed), seed=seed)
     return trained(f"{name}{refs}-{seed}", finetune_mrar, **flags)
 
@@ -243,17 +228,15 @@ def neighbour_chains(seed):
     cache, images, _ = cache_of(seed)
     lines = []
     for label in np.unique(cache.labels[images]):
-        members = images[cache.labels[images] == label]
-        members = np.random.default_rng(seed).permutation(members)
-        x = means(cache, members).flatten(1)
-        distances = torch.cdist(x, x)
-        for i in range(len(members)):
-            chain = distances[i].topk(4, largest=False)
-            if chain.values[-1] < math.inf:  # i is left, and three others
-                files = [str(k) for k in members[chain.indices]]
-                lines.append(json.dumps(dict(cate=cache.classes[label], files=files)))
-                distances[chain.indices] = math.inf
-                distances[:, chain.indices] = math.inf
+        left = np.random.default_rng(seed).permutation(images[cache.labels[images] == label])
+        x = means(cache, left)
+        while len(left) >= 4:
+            order = (x - x[0]).square().sum((1, 2, 3)).argsort()  # the first is image 0 itself
+            files = [str(k) for k in left[order[:4]]]
+            lines.append(json.dumps(dict(cate=cache.classes[label], files=files)))
+            rest = order[4:].sort().values
+            left = left[rest]
+            x = x[rest]
     atomic_write(path, lambda f: f.write("\n".join(lines).encode()))
     return path
 
@@ -384,14 +367,6 @@ def held_out_images(seed):
     return [x.to(args.device) for x in images], references
 
 
-def encode(model, labels, references=None):
-    """c of labels [N] and references [N, k, C, h, w] or None."""
-    parts = torch.arange(len(labels)).split(64)
-    return torch.cat(
-        [model.encode(labels[i], None if references is None else references[i]) for i in parts]
-    )
-
-
 def losses(model, images, c):
     """Loss (Eq. 8) of each image, given its condition c [N, K, D]: [N]."""
     values = []
@@ -415,9 +390,9 @@ def compare_references(seed):
         model = load_checkpoint(path, args.device)  # float32, since the differences are small
         null = torch.full_like(images[1], model.config.num_classes)
         for condition, labels in (("class", images[1]), ("null class", null)):
-            alone = losses(model, images, encode(model, labels))
+            alone = losses(model, images, model.encode(labels))
             for case, references in cases.items():
-                gain = alone - losses(model, images, encode(model, labels, references))
+                gain = alone - losses(model, images, model.encode(labels, references))
                 setting = f"{condition}, step {int(path.stem[4:])}, {case}"
                 rows.append((setting, "gain", gain.mean().item()))
     return rows
@@ -436,25 +411,27 @@ def compare_conditions(name, path, seed):
     other = (labels + 1) % model.config.num_classes
     null = torch.full_like(labels, model.config.num_classes)
     chains = dict.fromkeys(kinds) if model.config.refs == 1 else kinds  # 1-step: no references
-    c = encode(model, labels, chains["real"])
+    c = model.encode(labels, chains["real"])
     conditions = {
         "c": c,
         "positions of c shuffled": c[:, torch.randperm(c.shape[1])],
         "mean of c at every position": c.mean(1, keepdim=True).expand_as(c),
-        "c of another class": encode(model, other, chains["of another class"]),
-        "c of null": encode(model, null, chains["real"]),
+        "c of another class": model.encode(other, chains["of another class"]),
+        "c of null": model.encode(null, chains["real"]),
     }
     if model.config.refs > 1:
         n = model.config.tokens_per_image
         conditions["first block of c alone"] = c[:, :n]
         conditions["own block of c alone"] = c[:, -n:]
         for kind in ("of another chain", "of another class"):
-            conditions[f"references {kind}"] = encode(model, labels, kinds[kind])
-    rows = [(name, f"loss, {k}", losses(model, images, c).mean()) for k, c in conditions.items()]
+            conditions[f"references {kind}"] = model.encode(labels, kinds[kind])
+    rows = []
+    for condition, c in conditions.items():
+        rows.append((name, f"loss, {condition}", losses(model, images, c).mean().item()))
     features = diversity.chain_features(model, torch.arange(10, device=args.device), 0)
     mean = features.mean((0, 1))
     outside = 1 - mean.square().sum() / features.square().sum(-1).mean()
-    return [(*row[:2], row[2].item()) for row in (*rows, (name, "variance outside", outside))]
+    return [*rows, (name, "variance outside", outside.item())]
 
 
 # -------------------------------------------------------------------------------- the claims
@@ -565,17 +542,14 @@ def t(seed):
 
 
 def similarities(name, seed, path):
-    """Rows (setting, metric, value) of what diversity.py prints of a checkpoint."""
+    """Rows (setting, metric, value): the measures of diversity.py of a checkpoint."""
 
     def compute():
-        with redirect_stdout(io.StringIO()) as table:
-            run(diversity, ckpt=path, seeds=args.draws)
-        return next(csv.DictReader(table.getvalue().splitlines()))
+        return diversity.measure(load_checkpoint(path, args.device), args.draws, args.device)
 
-    row = cached(f"similarity, {name}, seed {seed}", compute)
-    yield name, "similarity (Eq. 15)", float(row["similarity"])
-    yield name, "centred", float(row["centred"])
-    yield name, "similarity (release)", float(row["released"])
+    metrics = "similarity (Eq. 15)", "centred", "similarity (release)"
+    for metric, value in zip(metrics, cached(f"diversity, {name}, seed {seed}", compute)):
+        yield name, metric, value
 
 
 def steps(seed):
@@ -664,18 +638,9 @@ FUNCTIONS = (
 )
 CLAIMS = {f.__name__: f for f in FUNCTIONS}
 ONE_SEED = ("samplers", "steps", "length")  # the first seed alone, since they take long
-CURVES = (
-    ("autoguidance", "distance"),
-    ("steps", "distance"),
-    ("references", "gain"),
-    ("steps", "similarity (Eq. 15)"),
-)
 
 
-# -------------------------------------------------------------------------------- table and curves
-HEADER = "claim,setting,seed,metric,value".split(",")
-
-
+# -------------------------------------------------------------------------------- table
 def read_table(path):
     """{(claim, setting, seed, metric): value}, in the order of the file."""
     lines = path.read_text().splitlines()[1:] if path.exists() else []
@@ -690,71 +655,39 @@ def record(path, claim, seed, rows):
         table[claim, setting, str(seed), metric] = value
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
+    writer.writerow(["claim", "setting", "seed", "metric", "value"])
     for key, value in table.items():
         writer.writerow([*key, f"{value:.6g}"])
     atomic_write(path, lambda f: f.write(text.getvalue().encode()))
 
 
-def over_seeds(path):
-    """{claim: {setting: {metric: values of all seeds}}}."""
-    tables = {}
-    for (claim, setting, _, metric), value in read_table(path).items():
-        settings = tables.setdefault(claim, {})
-        cells = settings.setdefault(setting, {})
-        cells.setdefault(metric, []).append(value)
-    return tables
+# -------------------------------------------------------------------------------- table and curves
+def read_table(path):
+    """{(claim, setting, seed, metric): value}, in the order of the file."""
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    return {tuple(row[:4]): float(row[4]) for row in csv.reader(lines)}
 
 
-def mean_and_deviation(values):
-    if not values:
-        return ""
-    deviation = f" +- {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4g}{deviation}"
-
-
-def markdown(path):
-    """Mean and standard deviation over seeds of every figure: one table per claim, one row per
-    setting."""
-    lines = []
-    for claim, settings in over_seeds(path).items():
-        columns = list(dict.fromkeys(column for cells in settings.values() for column in cells))
-        table = [[claim, *columns], ["---"] * (1 + len(columns))]
-        for setting, cells in settings.items():
-            numbers = [mean_and_deviation(cells.get(column)) for column in columns]
-            table.append([setting, *numbers])
-        lines += [f"| {' | '.join(row)} |" for row in table] + [""]
-    return "\n".join(lines)
-
-
-def draw_curves(path):
-    """Curves of means over seeds: of 1-step AR only the control, of a chain the last image."""
-    # "NAME, cfg 2, image 3": the name of the curve, that of the x axis, and x.
-    pattern = r"(?!stage 1)(.*)(cfg|step) (\d+)(?:, (?:real, )?image 3)?"
-    for claim, metric in CURVES:
-        curves = {}
-        for setting, cells in over_seeds(path).get(claim, {}).items():
-            match = re.fullmatch(pattern, setting)
-            values = cells.get(metric)
-            if match and values:
-                name = match[1].strip(", ") or metric
-                x, y = curves.setdefault(name, ([], []))
-                x.append(float(match[3]))
-                y.append(np.mean(values))
-                xlabel = match[2]
-        if curves:
-            picture = path.with_name(f"claims-{claim}-{metric.split()[0]}.png")
-            plot(curves, picture, xlabel, metric)
+def record(path, claim, seed, rows):
+    """Put the rows of a claim and seed in the table; a row that is there keeps its place."""
+    rows = list(rows)  # hours of work, in which another run may write to the table
+    table = read_table(path)
+    for setting, metric, value in rows:
+        table[claim, setting, str(seed), metric] = value
+    text = io.StringIO("claim,setting,seed,metric,value\n")
+    text.seek(0, io.SEEK_END)
+    writer = csv.writer(text, lineterminator="\n")
+    for key, value in table.items():
+        writer.writerow([*key, f"{value:.6g}"])
+    atomic_write(path, lambda f: f.write(text.getvalue().encode()))
 
 
 # -------------------------------------------------------------------------------- command
 def few_images(path):
-    """The first 16 of the bundled images of each class, for --quick."""
+    """16 or 17 of the bundled images of each class, for --quick."""
     if not path.exists():
-        data = dict(np.load(DEMO_DATA))
-        by_class = np.argsort(data["labels"], kind="stable").reshape(10, -1)
-        first = np.sort(by_class[:, :16], axis=None)
-        data.update(images=data["images"][first], labels=data["labels"][first])
+        data = dict(np.load(DEMO_DATA))  # sorted by class
+        data.update(images=data["images"][::62], labels=data["labels"][::62])
         atomic_write(path, lambda f: np.savez(f, **data))
     return path
 
@@ -782,8 +715,10 @@ def main():
         for seed in args.seeds:
             if claim not in ONE_SEED or seed == args.seeds[0]:
                 record(table, claim, seed, CLAIMS[claim](seed))
-    draw_curves(table)
-    print(markdown(table))
+    tables = by_claim(read_table(table))
+    draw_curves(tables, table.parent)
+    draw_verdicts(compare(tables), table.with_name("claims-verdicts.png"))
+    print(markdown(tables))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw the losses of training runs.
+"""Draw the losses of training runs; and the pictures of claims.py.
 
 python demo/curves.py                   losses of runs/train, from its log.csv, as loss.png there
 python demo/curves.py runs/a runs/b     of several runs in one picture, runs/curves/loss.png
@@ -6,6 +6,7 @@ python demo/curves.py runs/a runs/b     of several runs in one picture, runs/cur
 
 import csv
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -19,7 +20,16 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 # Of log.csv. The last two, of runs with --holdout: EMA weights, images held out and as many trained
 # on.
 COLUMNS = dict(loss="training loss", holdout_loss="held-out loss", seen_loss="seen images' loss")
+CURVES = (  # of claims.csv: claim, metric
+    ("autoguidance", "distance"),
+    ("steps", "distance"),
+    ("references", "gain"),
+    ("steps", "similarity (Eq. 15)"),
+)
 COLORS = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0", "#b07a10", "#555555")
+
+BAR_COLORS = ("#7aa6d8", "#c9c9c9")  # the setting that the claim says is better, the other
+VERDICT_COLORS = {"yes": "#2a8a3e", "no": "#c8391f", "cannot tell": "#555555"}
 
 
 def ticks(high):
@@ -62,6 +72,76 @@ def plot(curves, path, xlabel, ylabel, width=640, height=400):
         for a, b in points[-1:]:  # a log of one row has no line
             draw.ellipse([a - 3, b - 3, a + 3, b + 3], color)
         draw.text((right, 6 + 18 * i), name, color, font, "ra")
+    atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
+
+
+def draw_curves(tables, folder):
+    """Curves of means over seeds: of 1-step AR only the control, of a chain the last image.
+
+    tables  {claim: {setting: {metric: {seed: value}}}}
+    """
+    # "NAME, cfg 2, image 3": the name of the curve, that of the x axis, and x.
+    pattern = r"(?!stage 1)(.*)(cfg|step) (\d+)(?:, (?:real, )?image 3)?"
+    for claim, metric in CURVES:
+        curves = {}
+        for setting, cells in tables.get(claim, {}).items():
+            match = re.fullmatch(pattern, setting)
+            values = cells.get(metric)
+            if match and values:
+                name = match[1].strip(", ") or metric
+                x, y = curves.setdefault(name, ([], []))
+                x.append(float(match[3]))
+                y.append(np.mean(list(values.values())))
+                xlabel = match[2]
+        if curves:
+            plot(curves, folder / f"claims-{claim}-{metric.split()[0]}.png", xlabel, metric)
+
+
+def draw_verdicts(results, path, width=900):
+    """Draw the comparisons of several seeds: means as bars, deviations as lines, and the verdicts.
+
+    results  of verdicts.compare. Each comparison has a scale of its own.
+    """
+    results = [result for result in results if len(result.seeds) > 1]
+    if not results:
+        return
+    line = 16
+    block = 3 * line + 10
+    left = 400  # of the bars; the names end before
+    right = width - 150  # of the longest one; its figures follow
+    picture = Image.new("RGB", (width, 10 + block * len(results)), "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(13)
+    for i, result in enumerate(results):
+        top = 6 + block * i
+        comparison = result.comparison
+        color = VERDICT_COLORS[result.verdict]
+        draw.text((8, top), comparison.claim, "black", ImageFont.load_default(14), "la")
+        draw.text((width - 8, top), result.verdict, color, ImageFont.load_default(14), "ra")
+        sides = [(comparison.better, result.ours)]
+        if comparison.other is not None:
+            sides.append((comparison.other, result.theirs))
+        means = [np.mean(values) for _, values in sides]
+        deviations = [np.std(values, ddof=1) for _, values in sides]
+        high = max(np.add(means, deviations))
+        low = min(0, *np.subtract(means, deviations))
+
+        def to_x(value):
+            return left + (value - low) / (high - low) * (right - left)
+
+        for k, (name, _) in enumerate(sides):
+            y = top + 10 + line * (k + 1)  # the middle of the bar
+            mean = means[k]
+            ends = [to_x(mean - deviations[k]), to_x(mean + deviations[k])]
+            draw.text((left - 8, y), name, "black", font, "rm")
+            start, end = sorted([to_x(0), to_x(mean)])
+            draw.rectangle([start, y - 5, end, y + 5], BAR_COLORS[k])
+            draw.line([ends[0], y, ends[1], y], "black", 1)
+            for x in ends:
+                draw.line([x, y - 4, x, y + 4], "black", 1)
+            text = f"{mean:.3g} ± {deviations[k]:.2g}"
+            draw.text((ends[1] + 8, y), text, "black", font, "lm")
+        draw.line([8, top + block - 6, width - 8, top + block - 6], "#dddddd")
     atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 
