@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import UserError, atomic_write, make_parser, run_main  # noqa: E402
+from verdicts import deviation, mean_and  # noqa: E402
 
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
@@ -105,8 +106,8 @@ def draw_verdicts(results, path, width=900):
     results = [result for result in results if len(result.seeds) > 1]
     if not results:
         return
-    line = 16
-    block = 3 * line + 10
+    line = 15
+    block = 3 * line + 12
     left = 400  # of the bars; the names end before
     right = width - 150  # of the longest one; its figures follow
     picture = Image.new("RGB", (width, 10 + block * len(results)), "white")
@@ -122,14 +123,14 @@ def draw_verdicts(results, path, width=900):
         if comparison.other is not None:
             sides.append((comparison.other, result.theirs))
         means = [np.mean(values) for _, values in sides]
-        deviations = [np.std(values, ddof=1) for _, values in sides]
+        deviations = [deviation(values) for _, values in sides]
         high = max(np.add(means, deviations))
         low = min(0, *np.subtract(means, deviations))
 
         def to_x(value):
             return left + (value - low) / (high - low) * (right - left)
 
-        for k, (name, _) in enumerate(sides):
+        for k, (name, values) in enumerate(sides):
             y = top + 10 + line * (k + 1)  # the middle of the bar
             mean = means[k]
             ends = [to_x(mean - deviations[k]), to_x(mean + deviations[k])]
@@ -139,9 +140,9 @@ def draw_verdicts(results, path, width=900):
             draw.line([ends[0], y, ends[1], y], "black", 1)
             for x in ends:
                 draw.line([x, y - 4, x, y + 4], "black", 1)
-            text = f"{mean:.3g} ± {deviations[k]:.2g}"
+            text = mean_and(values, deviation)
             draw.text((ends[1] + 8, y), text, "black", font, "lm")
-        draw.line([8, top + block - 6, width - 8, top + block - 6], "#dddddd")
+        draw.line([8, top + block - 4, width - 8, top + block - 4], "#dddddd")
     atomic_write(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 

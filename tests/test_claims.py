@@ -11,6 +11,8 @@ import torch
 import in_process  # noqa: F401 - finds the scripts of demo
 
 import claims
+import verdicts
+from conftest import ROOT
 from model import SIZES, TransDiff
 from train import read_chains
 
@@ -67,6 +69,7 @@ def test_every_claim_has_finite_figures_and_a_second_run_adds_nothing(command, t
     assert all(f"| {row['setting']} |" in printed for row in rows)
     pictures = {path.name for path in folder.glob("claims-*.png")}
     assert {"claims-autoguidance-distance.png", "claims-references-gain.png"} <= pictures
+    assert "cannot tell: one seed" in printed and "| yes |" not in printed
 
     files = written(folder)
     assert any(path.name == "last.pt" for path in files)
@@ -121,3 +124,67 @@ def test_neighbours_are_chains_of_one_class_that_use_each_image_once(tmp_path, m
     chains = read_chains(claims.neighbour_chains(0), cache, np.arange(24), 4)
     assert sorted(chains.ravel()) == list(range(24))
     assert all(len(set(order[chain] // 4)) == 1 for chain in chains)
+
+
+@pytest.mark.parametrize(
+    "differences,expected",
+    [
+        ([1.0, 1.1, 1.2], "yes"),
+        ([-1.0, -1.1, -1.2], "no"),
+        ([3.0, 3.1, -0.1], "cannot tell"),  # two standard errors are 2.1, but one sign differs
+        ([0.5, 0.6, 0.0], "cannot tell"),
+        # Of these, the standard error is 1: the mean is below and above twice of it.
+        ([1.9 - 3**0.5, 1.9, 1.9 + 3**0.5], "cannot tell"),
+        ([2.1 - 3**0.5, 2.1, 2.1 + 3**0.5], "yes"),
+        ([0.0, 0.0, 0.0], "cannot tell"),
+        ([5.0], "cannot tell: one seed"),
+    ],
+)
+def test_a_verdict_needs_one_sign_and_two_standard_errors(differences, expected):
+    assert verdicts.verdict(differences) == expected
+
+
+def test_comparisons_are_paired_by_seed_and_lower_is_better_but_for_a_gain():
+    distances = {
+        "MRAR, cfg 1, image 3": {"2": 1.0, "0": 3.0},
+        "stage 1, cfg 1": {"0": 3.5, "2": 1.5},
+    }
+    table = {
+        ("mrar", setting, seed, "distance"): value
+        for setting, values in distances.items()
+        for seed, value in values.items()
+    }
+    table["mrar", "stage 1, cfg 1", "7", "distance"] = 100.0  # no pair
+    table["references", "class, step 500, real, image 3", "0", "gain"] = 0.25
+    mrar, gain = verdicts.compare(verdicts.by_claim(table))
+    assert mrar.seeds == ["2", "0"] and mrar.ours == [1.0, 3.0] and mrar.theirs == [1.5, 3.5]
+    assert mrar.differences == [0.5, 0.5] and mrar.verdict == "yes"
+    assert gain.differences == [0.25] and gain.verdict == "cannot tell: one seed"
+
+
+def test_every_comparison_is_in_the_study_and_the_page_has_its_verdict():
+    table = claims.read_table(ROOT / "demo" / "claims.csv")
+    tables = verdicts.by_claim(table)
+    compared = [result.comparison for result in verdicts.compare(tables)]
+    assert compared == list(verdicts.COMPARISONS)
+    assert len({comparison.claim for comparison in compared}) == len(compared)
+
+    # A setting has one value, whatever the claim.
+    values = {}
+    for (_, *key), value in table.items():
+        assert values.setdefault(tuple(key), value) == value
+
+    page = (ROOT / "demo" / "CLAIMS.md").read_text(encoding="utf-8")
+    assert verdicts.markdown(tables).split("\n\n")[0] in page
+
+
+def test_without_rows_the_tables_of_a_folder_are_printed(command, tmp_path):
+    study = (ROOT / "demo" / "claims.csv").read_text().splitlines()
+    lines = [study[0], *(line for line in study if line.startswith("mrar,"))]
+    (tmp_path / "claims.csv").write_text("\n".join(lines))
+    printed, _ = command("demo/claims.py --rows --out .")
+    assert printed.startswith("| claim |") and "| MRAR beats 1-step AR, guided | mrar |" in printed
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("claims")) == [
+        "claims-verdicts.png",
+        "claims.csv",
+    ]

@@ -8,9 +8,12 @@ from conftest import ROOT
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "demo"))
-from curves import plot, ticks  # noqa: E402
+from curves import draw_verdicts, plot, ticks  # noqa: E402
+from verdicts import by_claim, compare  # noqa: E402
 
 BLUE = (0x1F, 0x5F, 0xA8)
+OURS = (0x7A, 0xA6, 0xD8)
+THEIRS = (0xC9, 0xC9, 0xC9)
 RED = (0xC8, 0x39, 0x1F)
 
 
@@ -62,6 +65,21 @@ def test_each_curve_has_its_own_colour_and_none_runs_through_the_names(tmp_path)
 def test_short_and_constant_curves_are_drawn(tmp_path, x, y):
     plot({"a": (x, y)}, tmp_path / "p.png", "step", "loss")
     assert Image.open(tmp_path / "p.png").size == (640, 400)
+
+
+def test_the_bars_of_a_comparison_have_its_proportions(tmp_path):
+    values = {"MRAR, cfg 1, image 3": [1.0, 1.0, 1.0], "stage 1, cfg 1": [2.0, 2.1, 1.9]}
+    table = {
+        ("mrar", setting, str(seed), "distance"): value
+        for setting, row in values.items()
+        for seed, value in enumerate(row)
+    }
+    path = tmp_path / "verdicts.png"
+    draw_verdicts(compare(by_claim(table)), path)
+    widths = [np.ptp(pixels(path, color)[1]) for color in (OURS, THEIRS)]
+    assert widths[0] / widths[1] == pytest.approx(0.5, abs=0.02)
+    draw_verdicts([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_losses_of_one_run_and_of_two_become_a_picture(tmp_path, command):
