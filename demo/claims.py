@@ -229,12 +229,12 @@ def neighbour_chains(seed):
     lines = []
     for label in np.unique(cache.labels[images]):
         left = np.random.default_rng(seed).permutation(images[cache.labels[images] == label])
-        x = means(cache, left)
+        x = means(cache, left).numpy()
         while len(left) >= 4:
-            order = (x - x[0]).square().sum((1, 2, 3)).argsort()  # the first is image 0 itself
+            order = np.square(x - x[0]).sum((1, 2, 3)).argsort()  # the first is image 0 itself
             files = [str(k) for k in left[order[:4]]]
             lines.append(json.dumps(dict(cate=cache.classes[label], files=files)))
-            rest = order[4:].sort().values
+            rest = np.sort(order[4:])
             left = left[rest]
             x = x[rest]
     atomic_write(path, lambda f: f.write("\n".join(lines).encode()))

@@ -76,7 +76,7 @@ def test_the_bars_of_a_comparison_have_its_proportions(tmp_path):
     }
     path = tmp_path / "verdicts.png"
     draw_verdicts(compare(by_claim(table)), path)
-    widths = [np.ptp(pixels(path, color)[1]) for color in (OURS, THEIRS)]
+    widths = [np.bincount(pixels(path, color)[0]).max() for color in (OURS, THEIRS)]
     assert widths[0] / widths[1] == pytest.approx(0.5, abs=0.02)
     draw_verdicts([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
