@@ -346,6 +346,9 @@ def test_sets_whose_classes_differ_in_share_are_named(labels, warned, tmp_path, 
     _, printed = measure(f"--samples s.npz --ref photos --net {net}")
     line = "cat is 75.0% of the samples, 50.0% of the reference"
     assert (line in printed.err) == warned
+    np.savez(tmp_path / "without.npz", arr_0=images)
+    _, printed = measure(f"--samples s.npz --ref without.npz --net {net}")
+    assert "the sets differ" not in printed.err
 
 
 def test_train_features_makes_a_network_for_other_images(tmp_path, command, measure, two_classes):

@@ -99,7 +99,7 @@ def save_model_of(counts, path):
 
 
 def test_a_set_has_the_proportions_of_the_training_set(run):
-    """Webster's method: as near as whole numbers can be, also for the first images of a set."""
+    """As near as whole numbers can be, also for the first images of a set."""
     counts = [100, 300, 0, 50, 50, 0, 0, 0, 0, 0]
     save_model_of(counts, "own.pt")
     run("sample.py --ckpt own.pt --num 20 --refs 1 --steps 1 --out a.npz")
@@ -128,7 +128,8 @@ def test_imagenet_is_drawn_in_equal_numbers(run):
     run(f"sample.py --ckpt ema.pt --vae {VAE} --num 4 --steps 1 --cfg 1 --out s.npz")
     assert np.load("s.npz")["arr_1"].tolist() == [0, 1, 0, 1]
     weights = np.random.default_rng(0).integers(732, 1301, 1000)
-    assert np.bincount(sample.in_turn(np.ones(1000), 50_000)).tolist() == [50] * 1000
+    assert sample.in_turn(np.ones(1000), 50_000).tolist() == [*range(1000)] * 50
+    assert sample.in_turn(np.array([5, 1]), 4).tolist() == [0, 0, 1, 0]  # shares of 3.3 and 0.7
     drawn = np.bincount(sample.in_turn(weights, 50_000))
     assert np.abs(drawn - 50_000 * weights / weights.sum()).max() < 1
 
