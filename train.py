@@ -69,9 +69,11 @@ COLUMNS = "step,epoch,loss,grad_norm,lr,images_per_second,memory_gb,holdout_loss
 def split(cache, holdout):
     """(indices to train on, indices held out) of a cache: by a hash of each image's name, so that
     an image stays on its side when others are added."""
-    hashes = [int(sha256_prefix(ascii(name).encode()), 16) for name in cache.names()]
-    held_out = np.array([h < holdout * 2**64 for h in hashes])
     readable = cache.labels >= 0  # -1: the image could not be read
+    held_out = np.zeros_like(readable)
+    if holdout:
+        hashes = [int(sha256_prefix(ascii(name).encode()), 16) for name in cache.names()]
+        held_out = np.array([h < holdout * 2**64 for h in hashes])
     return np.flatnonzero(readable & ~held_out), np.flatnonzero(readable & held_out)
 
 

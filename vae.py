@@ -626,7 +626,10 @@ class LatentCache:
 
     def names(self):
         """CLASS/FILE of each image; of an .npz CLASS/NUMBER."""
-        return json.loads((self.path / "names.json").read_text())
+        path = self.path / "names.json"
+        if not path.exists():  # an older cache of an .npz
+            return [f"{self.classes[k]}/{i}" for i, k in enumerate(self.labels)]
+        return json.loads(path.read_text())
 
     def open_part(self, number, row_bytes):
         """(open file, position of its first row) of a part."""
