@@ -53,6 +53,7 @@ FULL = dict(
     steps=1600,  # of stage 1
     keep=400,  # steps between its kept checkpoints
     tune=500,  # steps of stage 2, and of the control
+    pictures=0,  # steps between pictures: none, but the held-out loss ten times
     num=1000,  # chains to measure
     few=500,  # chains to measure where they take long
     positions=(0, 1, 2, 3, 15, 63),  # images of a chain to measure
@@ -72,6 +73,7 @@ QUICK = dict(
     steps=2,
     keep=2,
     tune=2,
+    pictures=100,  # both at the end alone
     num=10,
     few=10,
     positions=(0, 3),
@@ -171,7 +173,7 @@ def trained(name, script, **flags):
 def stage1(seed, name="stage1", model_class=TransDiff, **others):
     script = SimpleNamespace(__name__="train", main=lambda: train.main(model_class))
     flags = dict(data=args.data, vae=DEMO_VAE, holdout=args.holdout, batch_size=args.images)
-    flags.update(steps=args.steps, keep_every=args.keep, sample_every=0)
+    flags.update(steps=args.steps, keep_every=args.keep, sample_every=args.pictures)
     flags.update(others, seed=seed)
     return trained(f"{name}-{seed}", script, **flags)
 
@@ -184,14 +186,14 @@ def control(seed, name="control", init=None, **others):
     """Stage 1 trained on with the learning rate, schedule, length and images of stage 2."""
     flags = dict(train.RECIPES["XS, later"], steps=args.tune, batch_size=args.images)
     del flags["epochs"]  # steps say the length
-    flags.update(others, init=init or stage1(seed), seed=seed, sample_every=0)
+    flags.update(others, init=init or stage1(seed), seed=seed, sample_every=args.pictures)
     return trained(f"{name}-{seed}", train, **flags)
 
 
 def stage2(seed, refs=4, name="mrar", **others):
     """MRAR: whatever the length of the chains, a step sees the same number of images."""
     flags = dict(steps=args.tune, batch_size=args.images // refs, refs=refs)
-    flags.update(keep_every=max(1, args.tune // 5), sample_every=0)
+    flags.update(keep_every=max(1, args.tune // 5), sample_every=args.pictures)
     flags.update(others, init=stage1(seed), seed=seed)
     return trained(f"{name}{refs}-{seed}", finetune_mrar, **flags)
 
