@@ -239,9 +239,10 @@ def main():
     if reference:
         ours = class_shares(samples)
         theirs = class_shares(reference)
-        off = {k: theirs.get(k, 0) - ours.get(k, 0) for k in {**ours, **theirs}}
-        if ours and theirs and sum(map(abs, off.values())) > 0.1:
-            k = max(off, key=lambda k: abs(off[k]))
+        off = {k: abs(theirs.get(k, 0) - ours.get(k, 0)) for k in {**ours, **theirs}}
+        absent = sorted(set(ours) ^ set(theirs))  # in one of the sets
+        if ours and theirs and (absent or sum(off.values()) > 0.1):
+            k = absent[0] if absent else max(off, key=off.get)
             print(
                 f"warning: the sets differ in their classes, which counts as distance: {k} is "
                 f"{ours.get(k, 0):.1%} of the samples, {theirs.get(k, 0):.1%} of the reference",

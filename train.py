@@ -51,10 +51,10 @@ RECIPES = {
     # another lr may suit float32.
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, batch_mul=2),
     "only decoder": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, batch_mul=4, ema=0.999),
-    # Fewer images; batch_size counts images here, in "later" stages too. Steps: as many as the
-    # epochs need, at least `steps`. lr is that of S.
+    # Fewer images; batch_size counts images here, in "later" stages too: MRAR, or from --init.
+    # Steps: as many as the epochs need, at least `steps`. lr is that of S.
     "few": dict(OURS, steps=5000, epochs=400, lr=1e-3, batch_mul=4, batch_size=256),
-    "few, later": dict(OURS, steps=500, epochs=40, lr=5e-4, batch_mul=2, batch_size=256),
+    "few, later": dict(OURS, steps=500, epochs=40, lr=2.5e-4, batch_mul=2, batch_size=256),
     "XS": dict(OURS, steps=1600, epochs=10, lr=2e-3, batch_mul=1, batch_size=64),
     "XS, later": dict(OURS, steps=500, epochs=3, lr=1e-3, batch_mul=1, batch_size=64),
 }
@@ -325,7 +325,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
     say(
         f"{steps / steps_per_epoch:.1f} epochs of {chains.chains_per_epoch:,} chains from "
         f"{chains.chains_per_epoch * refs:,} images of {len(cache.classes)} classes, "
-        f"in {args.dtype}"
+        f"{len(test_images):,} held out, in {args.dtype}"
     )
     say(
         f"{steps} steps of {args.batch_size} chains of {args.refs} in {accumulate} micro-batches, "
@@ -642,13 +642,13 @@ def training_parser(doc, out):
 FIXED = "size refs chains seed batch_size holdout mirror only_decoder".split()
 
 
-def recipe(stage, size, width, refs, num_images, batch_size):
-    """Default values of flags, from RECIPES, for a stage of a model on so many images; batch_size:
-    the flag, or None."""
+def recipe(stage, init, size, width, refs, num_images, batch_size):
+    """Default values of flags, from RECIPES, for a stage of a model on so many images; init: whether
+    it starts from a trained model; batch_size: the flag, or None."""
     if size != "XS" and num_images >= MANY_IMAGES:
         return RECIPES[stage]
     name = "XS" if size == "XS" else "few"
-    flags = dict(RECIPES[name if stage == "1-step" else f"{name}, later"])
+    flags = dict(RECIPES[f"{name}, later" if init or stage != "1-step" else name])
     flags["batch_size"] = max(1, flags["batch_size"] // refs)
     epochs = flags.pop("epochs")
     steps = epochs * num_images // (refs * (batch_size or flags["batch_size"]))
@@ -688,7 +688,7 @@ def parse(parser):
     if first.init and not last and (first.init in RELEASED or os.path.exists(first.init)):
         init = read_checkpoint(checkpoint_path(first.init, "last.pt"))
         sizes = {config.width: name for name, config in SIZES.items()}
-        known = {"size": sizes.get(init.config.width, "S")}
+        known = {"size": sizes.get(init.config.width, "own")}
         if "config" in init.entries:  # ours
             flags = init.entries.get("args", {})
             known.update({k: flags[k] for k in ("size", "data", "holdout", "mirror") if k in flags})
@@ -698,10 +698,13 @@ def parse(parser):
     defaults = dict(data=DEMO_DATA if demo else "latents", workers=4 if on_gpu else 0)
     defaults.update(compile=on_gpu, seed=0, holdout=0.0, log_every=50, t="logit-normal")
     data = first.data or known.get("data") or defaults["data"]
-    num_images, side = (0, 8) if demo else (10**6, 16)  # for --help
-    if len(words) == len(sys.argv) - 1:
+    num_images, side = (10**6 if first.size in ("B", "L", "H") else 0), 8
+    if len(words) == len(sys.argv) - 1 or Path(data, "cache.json").exists():  # else --help alone
         if first.init and not init and not last:
-            raise UserError(f"--init {first.init}: not there; run train.py first, or name a model")
+            raise UserError(
+                f"--init {first.init}: not there; run train.py first, name a model, or one of "
+                f"{shorten(RELEASED)}"
+            )
         workers = defaults["workers"] if first.workers is None else first.workers
         data = encode_once(data, first.vae, init, last_path.parent.parent, workers, device)
         cache = LatentCache(data)
@@ -709,10 +712,10 @@ def parse(parser):
 
     # The recipe.
     size = first.size or known.get("size") or ("XS" if side <= 8 else "S")
-    width = init.config.width if init else SIZES[size].width
+    width = init.config.width if init else SIZES.get(size, SIZES["S"]).width
     if init and first.size and SIZES[size].width != width:
         raise UserError(f"--size {size}: the model of --init has width {width}; leave out --size")
-    defaults.update(recipe(stage, size, width, first.refs, num_images, first.batch_size))
+    defaults.update(recipe(stage, init, size, width, first.refs, num_images, first.batch_size))
     if first.epochs:
         defaults["steps"] = None
     defaults.update(size=size, dtype=pick_dtype(None, device, width))
@@ -734,7 +737,11 @@ def parse(parser):
 
 def main(model_class=TransDiff):
     parser = training_parser(__doc__, "runs/train")
-    parser.add_argument("--init", help="checkpoint or run whose EMA weights to start from")
+    parser.add_argument(
+        "--init",
+        help="start from the EMA weights of a checkpoint, of a run, or of a released model (B, L "
+        "...); its size, data, holdout and mirror are the defaults",
+    )
     parser.add_argument(
         "--only-decoder", action="store_true", help="keep the AR Transformer: the 512 px recipe"
     )

@@ -688,6 +688,11 @@ def encode_once(data, vae_path, init, folder, workers, device):
     encoded = cache.info["images"]
     if init and init.entries.get("images", encoded) != encoded:
         say(f"{init.path}: was trained on other images than these")
+    if init and init.config.latent_channels != cache.latent_shape[0]:
+        raise UserError(
+            f"--init {init.path}: was trained on latents of {init.config.latent_channels} channels, "
+            f"{path} has {cache.latent_shape[0]}: encode with its VAE (the released: --vae kl16)"
+        )
     if init and "vae_digest" not in init.entries and cache.scale != RELEASED_SCALE:
         say(f"{init.path}: was trained on latents of kl16, these are of another VAE: --vae kl16")
     return path

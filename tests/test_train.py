@@ -275,7 +275,7 @@ def test_recipes_are_those_of_appendix_b():
     ("--refs 16", 10_000, 8, ("XS", 500, 4, 1e-3, 1)),
     ("", 5_000, 16, ("S", 7812, 256, 1e-3, 4)),  # 400 epochs
     ("--size B", 5_000, 16, ("B", 7812, 256, 5e-4, 4)),
-    ("--size B --refs 4", 500, 16, ("B", 500, 64, 2.5e-4, 2)),
+    ("--size B --refs 4", 500, 16, ("B", 500, 64, 1.25e-4, 2)),
     ("--size B", 1_281_167, 16, ("B", None, 2048, 8e-4, 4)),
     ("--size XS --batch-size 16 --lr 0.1", 10_000, 8, ("XS", 6250, 16, 0.1, 1)),
 ])  # fmt: skip
@@ -293,6 +293,13 @@ def test_the_recipe_follows_the_images_the_latents_and_the_size(
     parser.set_defaults(only_decoder=False)
     args, _, _ = train.parse(parser)
     assert (args.size, args.steps, args.batch_size, args.lr, args.batch_mul) == recipe
+
+
+def test_a_start_from_a_trained_model_has_the_recipe_of_a_later_stage():
+    flags = train.recipe("1-step", True, "XS", 160, 1, 10_000, None)
+    assert (flags["steps"], flags["lr"], flags["batch_size"]) == (500, 1e-3, 64)
+    flags = train.recipe("1-step", True, "B", 768, 1, 1_281_167, None)
+    assert flags["lr"] == 8e-4  # of that many images, the paper's
 
 
 def test_a_new_model_has_a_condition_token_for_each_position_of_its_latents(
