@@ -156,12 +156,6 @@ def class_names(images):
     return [folder for folder, slash, _ in names if folder and slash]
 
 
-def class_shares(images):
-    """{class: its part of the images}."""
-    names = class_names(images)
-    return {name: count / len(names) for name, count in Counter(names).items()}
-
-
 # -------------------------------------------------------------------------------- the stage
 def main():
     parser = make_parser(__doc__)
@@ -236,16 +230,18 @@ def main():
         right = [known[k] == label for k, label in zip(p.argmax(1), labels)]
         result["accuracy"] = np.mean(right)
 
-    if reference:
-        ours = class_shares(samples)
-        theirs = class_shares(reference)
-        off = {k: abs(theirs.get(k, 0) - ours.get(k, 0)) for k in {**ours, **theirs}}
-        absent = sorted(set(ours) ^ set(theirs))  # in one of the sets
-        if ours and theirs and (absent or sum(off.values()) > 0.1):
-            k = absent[0] if absent else max(off, key=off.get)
+    ref_labels = class_names(reference) if reference else []
+    if labels and ref_labels:
+        ours = Counter(labels)
+        theirs = Counter(ref_labels)
+        # {class: its part of the samples, of the reference}
+        shares = {k: (ours[k] / len(labels), theirs[k] / len(ref_labels)) for k in ours | theirs}
+        off = {k: abs(a - b) + (a * b == 0) for k, (a, b) in shares.items()}  # absent: over 1
+        if sum(off.values()) > 0.1:
+            k = max(off, key=off.get)
             print(
                 f"warning: the sets differ in their classes, which counts as distance: {k} is "
-                f"{ours.get(k, 0):.1%} of the samples, {theirs.get(k, 0):.1%} of the reference",
+                f"{shares[k][0]:.1%} of the samples, {shares[k][1]:.1%} of the reference",
                 file=sys.stderr,
             )
 

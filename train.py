@@ -643,8 +643,11 @@ FIXED = "size refs chains seed batch_size holdout mirror only_decoder".split()
 
 
 def recipe(stage, init, size, width, refs, num_images, batch_size):
-    """Default values of flags, from RECIPES, for a stage of a model on so many images; init: whether
-    it starts from a trained model; batch_size: the flag, or None."""
+    """Default values of flags, from RECIPES, for a stage of a model on so many images.
+
+    init        whether it starts from a trained model
+    batch_size  the flag, or None
+    """
     if size != "XS" and num_images >= MANY_IMAGES:
         return RECIPES[stage]
     name = "XS" if size == "XS" else "few"

@@ -690,8 +690,8 @@ def encode_once(data, vae_path, init, folder, workers, device):
         say(f"{init.path}: was trained on other images than these")
     if init and init.config.latent_channels != cache.latent_shape[0]:
         raise UserError(
-            f"--init {init.path}: was trained on latents of {init.config.latent_channels} channels, "
-            f"{path} has {cache.latent_shape[0]}: encode with its VAE (the released: --vae kl16)"
+            f"--init {init.path}: was trained on latents of {init.config.latent_channels} "
+            f"channels, {path} has {cache.latent_shape[0]}: encode with its VAE (released: kl16)"
         )
     if init and "vae_digest" not in init.entries and cache.scale != RELEASED_SCALE:
         say(f"{init.path}: was trained on latents of kl16, these are of another VAE: --vae kl16")
