@@ -253,13 +253,17 @@ def test_stage_2_starts_from_a_released_model_by_its_name(run, hub, garments):
     save_vae("vae.pt", dict(SMALL, z_channels=16), 32)
     np.savez("photos.npz", images=garments[0][:8], labels=np.arange(8) // 4)
     run("vae.py encode --data photos.npz --vae vae.pt --image-size 64 --out cache")
-    flags = "--data cache --steps 1 --batch-size 1 --lr 0 --dtype fp32"
+    flags = "--data cache --steps 1 --batch-size 1 --lr 0 --dtype fp32 --sample-every 0"
     out = run(f"finetune_mrar.py --init B-mrar {flags}").out
     assert "was trained on latents of kl16, these are of another VAE" in out
     assert len(hub.requests) == 1
     ours, theirs = (load_checkpoint(path) for path in ("runs/mrar/last.pt", "B-mrar"))
     assert ours.config == dataclasses.replace(theirs.config, num_classes=2)
     assert torch.equal(ours.decoder.positions, theirs.decoder.positions)
+    save_vae("other.pt", SMALL, 32)
+    run("vae.py encode --data photos.npz --vae other.pt --out other")
+    err = run("finetune_mrar.py --init B-mrar --data other --steps 1 --out new", expect=2).err
+    assert "was trained on latents of 16 channels, other has 8: encode with its VAE" in err
 
 
 @pytest.mark.parametrize("name,cut,message", [
