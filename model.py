@@ -762,7 +762,7 @@ RELEASED = "B L H B-mrar L-mrar H-mrar L-512".split()
 def checkpoint_path(path, name="ema.pt"):
     """The file that `path` names; of a run's folder its ema.pt; a name in RELEASED: fetched."""
     if str(path) in RELEASED and not Path(path).exists():
-        return fetch_released(f"transdiff_{path.lower().replace('-', '_')}")
+        return fetch_released(f"transdiff_{str(path).lower().replace('-', '_')}")
     return Path(path, name) if Path(path).is_dir() else Path(path)
 
 

@@ -675,7 +675,7 @@ def parse(parser):
     device = pick_device(first.device)
     on_gpu = device.type == "cuda"
     last_path = Path(first.out, "last.pt")
-    last = init = cache = None
+    last = init = None
     known = {}
     if first.resume and last_path.exists():
         last = load_file(last_path)

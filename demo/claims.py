@@ -663,27 +663,6 @@ def record(path, claim, seed, rows):
     atomic_write(path, lambda f: f.write(text.getvalue().encode()))
 
 
-# -------------------------------------------------------------------------------- table and curves
-def read_table(path):
-    """{(claim, setting, seed, metric): value}, in the order of the file."""
-    lines = path.read_text().splitlines()[1:] if path.exists() else []
-    return {tuple(row[:4]): float(row[4]) for row in csv.reader(lines)}
-
-
-def record(path, claim, seed, rows):
-    """Put the rows of a claim and seed in the table; a row that is there keeps its place."""
-    rows = list(rows)  # hours of work, in which another run may write to the table
-    table = read_table(path)
-    for setting, metric, value in rows:
-        table[claim, setting, str(seed), metric] = value
-    text = io.StringIO("claim,setting,seed,metric,value\n")
-    text.seek(0, io.SEEK_END)
-    writer = csv.writer(text, lineterminator="\n")
-    for key, value in table.items():
-        writer.writerow([*key, f"{value:.6g}"])
-    atomic_write(path, lambda f: f.write(text.getvalue().encode()))
-
-
 # -------------------------------------------------------------------------------- command
 def few_images(path):
     """16 or 17 of the bundled images of each class, for --quick."""
