@@ -41,7 +41,7 @@ import diversity  # noqa: E402
 import fid  # noqa: E402
 import finetune_mrar  # noqa: E402
 import train  # noqa: E402
-from curves import draw_curves, draw_verdicts  # noqa: E402
+from curves import draw_curves, draw_similarity, draw_verdicts  # noqa: E402
 from verdicts import by_claim, compare, markdown  # noqa: E402
 
 CFG = 2  # guidance scale where it is not the question
@@ -51,7 +51,9 @@ FULL = dict(
     holdout=0.1,
     images=64,  # per step of training
     steps=1600,  # of stage 1
-    keep=400,  # steps between its kept checkpoints
+    keep=400,  # steps between the checkpoints of it that are sampled
+    measured=100,  # steps between those whose features are compared
+    rates=(2e-3, 1e-3),  # peak learning rates of it to compare
     tune=500,  # steps of stage 2, and of the control
     pictures=0,  # steps between pictures: none, but the held-out loss ten times
     num=1000,  # chains to measure
@@ -72,6 +74,7 @@ QUICK = dict(
     images=4,
     steps=2,
     keep=2,
+    measured=1,
     tune=2,
     pictures=100,  # both at the end alone
     num=10,
@@ -173,7 +176,7 @@ def trained(name, script, **flags):
 def stage1(seed, name="stage1", model_class=TransDiff, **others):
     script = SimpleNamespace(__name__="train", main=lambda: train.main(model_class))
     flags = dict(data=args.data, vae=DEMO_VAE, holdout=args.holdout, batch_size=args.images)
-    flags.update(steps=args.steps, keep_every=args.keep, sample_every=args.pictures)
+    flags.update(steps=args.steps, keep_every=args.measured, sample_every=args.pictures)
     flags.update(others, seed=seed)
     return trained(f"{name}-{seed}", script, **flags)
 
@@ -429,7 +432,7 @@ def compare_conditions(name, path, seed):
             conditions[f"references {kind}"] = model.encode(labels, kinds[kind])
     rows = []
     for condition, c in conditions.items():
-        rows.append((name, f"loss, {condition}", losses(model, images, c).mean().item()))
+        rows.append((f"{name}, {condition}", "loss", losses(model, images, c).mean().item()))
     features = diversity.chain_features(model, torch.arange(10, device=args.device), 0)
     mean = features.mean((0, 1))
     outside = 1 - mean.square().sum() / features.square().sum(-1).mean()
@@ -555,13 +558,21 @@ def similarities(name, seed, path):
 
 
 def steps(seed):
-    """As training goes on, diversity grows and the distance falls (Figure 4a): stage 1 of the
-    length of the bundled model's."""
-    folder = long_stage1(seed)
-    for path in sorted(folder.glob("ema-*.pt")):
-        setting = f"step {int(path.stem[4:])}"
-        yield from similarities(setting, seed, path)
-        yield from measure(setting, seed, sampler(load(folder, path.name), cfg=CFG))
+    """As training goes on, diversity grows and the distance falls (Figure 4a); the same with
+    another peak learning rate (ours)."""
+    default = train.RECIPES["XS"]["lr"]
+    for lr in args.rates:
+        name = f"lr {lr:g}"
+        folder = stage1(seed) if lr == default else stage1(seed, name.replace(" ", ""), lr=lr)
+        yield from at_scales(name, seed, sampler(load(folder)))
+        log = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+        yield name, "held-out loss", float(log[-1]["holdout_loss"])
+        for step in range(args.measured, args.steps + 1, args.measured):
+            setting = f"{name}, step {step}"
+            path = folder / f"ema-{step:07d}.pt"
+            yield from similarities(setting, seed, path)
+            if step % args.keep == 0:
+                yield from measure(setting, seed, sampler(load(folder, path.name), cfg=CFG))
 
 
 def baselines(seed):
@@ -639,7 +650,7 @@ FUNCTIONS = (
     length,
 )
 CLAIMS = {f.__name__: f for f in FUNCTIONS}
-ONE_SEED = ("samplers", "steps", "length")  # the first seed alone, since they take long
+ONE_SEED = ("samplers", "length")  # the first seed alone, since they take long
 
 
 # -------------------------------------------------------------------------------- table
@@ -698,6 +709,7 @@ def main():
                 record(table, claim, seed, CLAIMS[claim](seed))
     tables = by_claim(read_table(table))
     draw_curves(tables, table.parent)
+    draw_similarity(tables, table.parent)
     draw_verdicts(compare(tables), table.with_name("claims-verdicts.png"))
     print(markdown(tables))
 

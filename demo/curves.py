@@ -25,9 +25,9 @@ CURVES = (  # of claims.csv: claim, metric
     ("autoguidance", "distance"),
     ("steps", "distance"),
     ("references", "gain"),
-    ("steps", "similarity (Eq. 15)"),
 )
 COLORS = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0", "#b07a10", "#555555")
+PALE = ("#9dc3ec", "#efa899", "#9ed3aa", "#cdb0e4", "#e0c184", "#bbbbbb")
 
 BAR_COLORS = ("#7aa6d8", "#c9c9c9")  # the setting that the claim says is better, the other
 VERDICT_COLORS = {"yes": "#2a8a3e", "no": "#c8391f", "cannot tell": "#555555"}
@@ -40,7 +40,7 @@ def ticks(high):
     return step * np.arange(high // step + 1)
 
 
-def plot(curves, path, xlabel, ylabel, width=640, height=400):
+def plot(curves, path, xlabel, ylabel, colors=COLORS, width=640, height=400):
     """Draw curves {name: (x, y)} as a PNG: linear axes from 0, the names above them."""
     high_x = max(max(x) for x, _ in curves.values()) or 1
     high_y = 1.1 * max(max(y) for _, y in curves.values()) or 1
@@ -67,7 +67,7 @@ def plot(curves, path, xlabel, ylabel, width=640, height=400):
     draw.text((right, height - 4), xlabel, "black", font, "rd")
     draw.text((8, top - 8), ylabel, "black", font, "ld")
     for i, (name, (x, y)) in enumerate(curves.items()):
-        color = COLORS[i % len(COLORS)]
+        color = colors[i % len(colors)]
         points = [(to_x(a), to_y(b)) for a, b in zip(x, y)]
         draw.line(points, color, width=2)
         for a, b in points[-1:]:  # a log of one row has no line
@@ -96,6 +96,26 @@ def draw_curves(tables, folder):
                 xlabel = match[2]
         if curves:
             plot(curves, folder / f"claims-{claim}-{metric.split()[0]}.png", xlabel, metric)
+
+
+def draw_similarity(tables, folder):
+    """Eq. 15 and, paler, Eq. 15 centred, over the steps of each run of `steps`."""
+    curves = {}
+    for setting, cells in tables.get("steps", {}).items():
+        match = re.fullmatch("(.*), step (.*)", setting)
+        if match:
+            for metric in ("similarity (Eq. 15)", "centred"):
+                for seed, value in cells[metric].items():
+                    name = f"{match[1]}, seed {seed}"
+                    x, y = curves.setdefault(metric, {}).setdefault(name, ([], []))
+                    x.append(float(match[2]))
+                    y.append(value)
+    if curves:
+        full = curves["similarity (Eq. 15)"]
+        pale = {f"{name}, centred": curve for name, curve in curves["centred"].items()}
+        n = len(full)
+        path = folder / "claims-steps-similarity.png"
+        plot(full | pale, path, "step", "Eq. 15", COLORS[:n] + PALE[:n])
 
 
 def draw_verdicts(results, path, width=900):

@@ -31,6 +31,19 @@ def both(claim, rows, better, other):
     )
 
 
+def diversity(claim, rows, better, other):
+    """A comparison by Eq. 15, and one by Eq. 15 of the features less their mean."""
+    return (
+        Comparison(f"{claim}, Eq. 15", rows, better, other, "similarity (Eq. 15)"),
+        Comparison(f"{claim}, centred", rows, better, other, "centred"),
+    )
+
+
+def losses(claim, better, other):
+    """A comparison of the losses of held-out images, given two conditions c."""
+    return Comparison(claim, "condition", better, other, "loss")
+
+
 COMPARISONS = (
     # The parts of TransDiff (Tables 1, 2).
     *both(
@@ -139,26 +152,26 @@ COMPARISONS = (
         "control, {}",
     ),
     # Features (Section 4.2.2, Figures 1 and 4, Table 4).
-    Comparison(
-        "the features of MRAR are more diverse than those of 1-step AR",
-        "scales",
-        "MRAR",
-        "stage 1",
-        "similarity (Eq. 15)",
+    *diversity(
+        "the features of MRAR are more diverse than those of 1-step AR", "scales", "MRAR", "stage 1"
     ),
-    Comparison(
+    *diversity(
         "the features of 1-step AR are more diverse than those of scale AR",
         "scales",
         "stage 1",
         "scale AR",
-        "similarity (Eq. 15)",
     ),
-    Comparison(
+    *diversity(
         "features become more diverse in training",
         "steps",
-        "step 7000",
-        "step 800",
-        "similarity (Eq. 15)",
+        "lr 0.002, step 1600",
+        "lr 0.002, step 400",
+    ),
+    *diversity(
+        "the features are more diverse with half the learning rate",
+        "steps",
+        "lr 0.001, step 1600",
+        "lr 0.002, step 1600",
     ),
     Comparison(
         "1-step AR: 64 features beat the first 32",
@@ -172,7 +185,33 @@ COMPARISONS = (
         "MRAR, features 64",
         "MRAR, features 32",
     ),
+    # What c holds (ours).
+    losses("the positions of c matter", "stage 1, c", "stage 1, positions of c shuffled"),
+    losses(
+        "the features beside their mean matter",
+        "stage 1, c",
+        "stage 1, mean of c at every position",
+    ),
+    losses("the class in c matters", "stage 1, c", "stage 1, c of another class"),
+    losses("of MRAR, all of c beats its first block", "MRAR, c", "MRAR, first block of c alone"),
+    losses(
+        "of MRAR, all of c beats the image's own block", "MRAR, c", "MRAR, own block of c alone"
+    ),
+    losses(
+        "of MRAR, the references' class matters", "MRAR, c", "MRAR, references of another class"
+    ),
+    losses(
+        "of MRAR, the references themselves matter", "MRAR, c", "MRAR, references of another chain"
+    ),
     # Settings of training and sampling (Eq. 5, Appendix C, ours).
+    *both("a learning rate of 1e-3 beats 2e-3", "steps", "lr 0.001, {}", "lr 0.002, {}"),
+    Comparison(
+        "a learning rate of 1e-3 beats 2e-3, held-out loss",
+        "steps",
+        "lr 0.001",
+        "lr 0.002",
+        "held-out loss",
+    ),
     *both("uniform t beats logit-normal t", "t", "uniform t, {}", "stage 1, {}"),
     Comparison(
         "s1 = 0.9 alone is better than 1",
