@@ -103,5 +103,20 @@ def test_centred_does_not_see_a_vector_that_all_features_share(tmp_path, table):
     assert float(after["centred"]) == pytest.approx(float(before["centred"]), abs=2e-3)
 
 
+def test_to_the_decoder_a_vector_that_all_of_c_shares_is_a_bias():
+    """Added to all keys it leaves the softmax as it is: the reason for `centred`."""
+    model = build(ONE_STEP)
+    c = model.encode(torch.arange(5)).detach()
+    shared = 10 * torch.randn(ONE_STEP.width)
+    x = torch.randn(5, *ONE_STEP.latent_shape)
+    t = torch.full((5,), 0.5)
+    with torch.no_grad():
+        after = model.velocity(x, t, c + shared)
+        assert not torch.allclose(model.velocity(x, t, c), after, atol=1e-2)
+        for block in model.decoder.blocks:
+            block.attn2.wv.bias += block.attn2.wv.weight @ model.decoder.cond_proj.weight @ shared
+        torch.testing.assert_close(model.velocity(x, t, c), after, atol=1e-4, rtol=1e-4)
+
+
 def test_a_missing_checkpoint_is_refused_in_one_line(refused):
     assert "gone.pt: No such file" in refused("diversity.py --ckpt gone.pt")
