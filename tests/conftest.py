@@ -1,7 +1,9 @@
 """Fixtures of all tests: `command` runs a script as a user does, `garments` are bundled images."""
 
+import dataclasses
 import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -42,8 +44,9 @@ forks.set_forkserver_preload(
 )
 
 
-def run_script(argv, folder, env, out, err):
+def run_script(argv, folder, env, out, err, file_size=resource.RLIM_INFINITY):
     """Do in this process what `python argv` does in this folder and environment."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
     os.chdir(folder)
     os.environ.update(env)
     for path, stream in ((out, 1), (err, 2)):
@@ -61,13 +64,14 @@ def command(tmp_path, tmp_path_factory):
     expect    the exit status; for 2 the last line on stderr has to be a short message, and there
               must be no traceback
     env       environment variables to add
+    file_size bytes that a file may have, as on a full disk
     launcher  what to run the script with, e.g. torchrun (default: a fork that has torch imported)
     """
     logs = tmp_path_factory.mktemp("logs")
 
-    def fork(argv, env):
+    def fork(argv, env, *file_size):
         process = forks.Process(
-            target=run_script, args=(argv, tmp_path, env, logs / "out", logs / "err")
+            target=run_script, args=(argv, tmp_path, env, logs / "out", logs / "err", *file_size)
         )
         process.start()
         process.join(240)
@@ -84,11 +88,11 @@ def command(tmp_path, tmp_path_factory):
         )
         return result.returncode, result.stdout, result.stderr
 
-    def call(line, expect=0, env=None, launcher=None):
+    def call(line, expect=0, env=None, launcher=None, file_size=resource.RLIM_INFINITY):
         script, *flags = line.split() if isinstance(line, str) else line
         argv = [str(ROOT / script), *map(str, flags)]
         status, out, err = (
-            launch([*launcher, *argv], env or {}) if launcher else fork(argv, env or {})
+            launch([*launcher, *argv], env or {}) if launcher else fork(argv, env or {}, file_size)
         )
         assert status == expect, f"{line}: status {status}\n{out}\n{err}"
         if expect == 2:
@@ -96,6 +100,15 @@ def command(tmp_path, tmp_path_factory):
         return out, err
 
     return call
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """XS is smaller in this process: for tests of what does not depend on the size."""
+    from model import SIZES
+
+    small = dict(width=32, heads=1, ar_depth=1, dit_depth=1, label_drop_prob=0.5)
+    monkeypatch.setitem(SIZES, "XS", dataclasses.replace(SIZES["XS"], **small))
 
 
 @pytest.fixture(scope="session")

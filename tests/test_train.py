@@ -330,7 +330,10 @@ def test_a_resumed_run_says_how_its_learning_rate_changes(project, tiny, run):
     assert "learning rate 0.05, was 0.025, peak 0.1," in out
 
 
-def test_without_pictures_held_out_losses_are_logged_at_least_ten_times(project, tiny):
+def test_without_pictures_held_out_losses_are_logged_at_least_ten_times(
+    project, tiny, monkeypatch
+):
+    monkeypatch.setattr(train, "ema_loss", lambda *args: 0.5)
     run_in_process(f"train.py {SHORT} --steps 20 --holdout 0.3 --sample-every 0")
     for name in ("holdout_loss", "seen_loss"):
         assert [bool(loss) for loss in column("runs/train", name)] == [False, True] * 10
@@ -383,14 +386,6 @@ def project(encoded, tmp_path, monkeypatch):
     shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """XS is smaller in this process: for tests of what does not depend on the size."""
-    small = dict(width=32, heads=1, ar_depth=1, dit_depth=1, label_drop_prob=0.5)
-    size = dataclasses.replace(SIZES["XS"], **small)
-    monkeypatch.setitem(SIZES, "XS", size)
 
 
 def encode(name, images, labels, classes, vae_path="vae.pt"):
@@ -610,11 +605,13 @@ def test_pictures_and_held_out_loss_are_of_the_ema_weights(project, tiny):
 
 # python SCRIPT train.py FLAGS: run train.py with a patch.
 PATCHED = """
-import os, signal, sys
+import dataclasses, os, signal, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import train, vae
-from model import TransDiff, run_main
+from model import SIZES, TransDiff, run_main
+small = dict(width=32, heads=1, ar_depth=1, dit_depth=1, label_drop_prob=0.5)  # as `tiny`
+SIZES["XS"] = dataclasses.replace(SIZES["XS"], **small)
 {patch}
 run_main(train.main)
 """
@@ -649,7 +646,7 @@ def patched(patch):
     return path
 
 
-def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(project, command):
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(project, tiny, command):
     """SIGTERM, Ctrl-C, and a kill while a checkpoint is written, each in step 4.
 
     The same weights, EMA weights and moments of AdamW, bit for bit. Step 4 is the end of an epoch.
@@ -803,7 +800,7 @@ def run_on_two_ranks(line, folder, script=None, expect=(0, 0)):
 def test_a_killed_run_of_two_processes_is_resumed_bit_for_bit(project):
     """The kill is in the middle of an accumulation. One process can go on, with other draws."""
     flags = f"{SHORT} --steps 4 --save-every 2 --dtype fp32 --device cpu --accumulate 2"
-    run_on_two_ranks(f"train.py {flags} --out whole", project)
+    run_on_two_ranks(f"train.py {flags} --out whole", project, patched(""))
     script = patched(SIGNAL_IN_A_STEP.format(call=6, rank=1, number=9))
     run_on_two_ranks(f"train.py {flags} --out killed", project, script, expect=(1, -9))
     assert load_file("killed/last.pt")["step"] == 2

@@ -210,8 +210,7 @@ def test_wrong_flags_are_refused(line, message, small, refused):
 # ------------------------------------------------------------------------------------ the machine
 def test_a_full_disk_is_one_line_and_the_command_resumes_with_room(small, run, command):
     def run_on_small_disk(kilobytes, line):
-        limited = f'ulimit -f {kilobytes}; exec {sys.executable} "$0" "$@"'
-        _, err = command(line, expect=2, launcher=["bash", "-c", limited])
+        _, err = command(line, expect=2, file_size=1024 * kilobytes)
         return err.strip().splitlines()[-1]
 
     encode = "vae.py encode --data source.npz --vae vae.pt --out new"
@@ -272,7 +271,7 @@ def test_a_reader_that_is_killed_is_one_line(line, dataset, small, run, monkeypa
 
 # ------------------------------------------------------------------------------------ limits
 @pytest.mark.parametrize("labels", [[0] * 5, list(range(300)), [0, 0, 1]])
-def test_one_class_many_classes_and_a_class_of_one_image(labels, tmp_path, run, monkeypatch):
+def test_one_class_many_classes_and_a_class_of_one_image(labels, tiny, tmp_path, run, monkeypatch):
     """Also with a batch that is larger than the data set."""
     monkeypatch.setattr(train, "OUR_SAMPLING", train.OUR_SAMPLING.replace(steps=2))  # to save time
     images = np.random.default_rng(0).integers(0, 255, (len(labels), 32, 32), dtype=np.uint8)
@@ -286,7 +285,7 @@ def test_one_class_many_classes_and_a_class_of_one_image(labels, tmp_path, run, 
         assert "no class has 4 images to train on" in err
 
 
-def test_chains_of_64(tmp_path, run):
+def test_chains_of_64(tiny, tmp_path, run):
     images = np.random.default_rng(0).integers(0, 255, (128, 32, 32), dtype=np.uint8)
     np.savez(tmp_path / "s.npz", images=images, labels=np.arange(128) % 2)
     save_small_vae(tmp_path / "v.pt")
