@@ -71,7 +71,7 @@ FULL = dict(
 )
 QUICK = dict(
     holdout=0.5,
-    images=4,
+    images=32,
     steps=2,
     keep=2,
     measured=1,
