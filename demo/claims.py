@@ -59,7 +59,8 @@ FULL = dict(
     num=1000,  # chains to measure
     few=500,  # chains to measure where they take long
     positions=(0, 1, 2, 3, 15, 63),  # images of a chain to measure
-    scales=(1, 2, 3, 4),  # of guidance
+    scales=(1, 2, 3),  # of guidance
+    high=(1, 2, 3, 4),  # where 4 was best in an earlier trial
     evaluations=8,  # steps of the sampler without noise
     sde_steps=25,  # of the paper's sampler
     counts=(4, 6, 8, 12, 25, 100),  # steps to compare the samplers at
@@ -81,6 +82,7 @@ QUICK = dict(
     few=10,
     positions=(0, 3),
     scales=(1, CFG),
+    high=(1, CFG, 3),
     evaluations=1,
     sde_steps=1,
     counts=(1, 2),
@@ -436,7 +438,7 @@ def compare_conditions(name, path, seed):
     features = diversity.chain_features(model, torch.arange(10, device=args.device), 0)
     mean = features.mean((0, 1))
     outside = 1 - mean.square().sum() / features.square().sum(-1).mean()
-    return [*rows, (name, "variance outside", outside.item())]
+    return [*rows, (f"{name}, features", "variance outside", outside.item())]
 
 
 # -------------------------------------------------------------------------------- the claims
@@ -463,7 +465,7 @@ def condition(seed):
     for name, path in paths.items():
         compare = functools.partial(compare_conditions, name, path, seed)
         yield from cached(f"condition, {name}, seed {seed}", compare)
-        yield from similarities(name, seed, path)
+        yield from similarities(f"{name}, features", seed, path)
 
 
 def autoguidance(seed):
@@ -485,7 +487,7 @@ def autoguidance(seed):
 def interval(seed):
     """Guidance at low t alone is better (ours, after Kynkaanniemi et al. 2024)."""
     draw = sampler(load(control(seed)), cfg_below=CFG_BELOW)
-    yield from at_scales(f"control, t to {CFG_BELOW}", seed, draw)
+    yield from at_scales(f"control, t to {CFG_BELOW}", seed, draw, args.high)
 
 
 def noise(seed):
@@ -571,7 +573,7 @@ def steps(seed):
             setting = f"{name}, step {step}"
             path = folder / f"ema-{step:07d}.pt"
             yield from similarities(setting, seed, path)
-            if step % args.keep == 0:
+            if lr == default and step % args.keep == 0:
                 yield from measure(setting, seed, sampler(load(folder, path.name), cfg=CFG))
 
 
@@ -588,7 +590,8 @@ def scales(seed):
     folders = {"stage 1": stage1(seed), "MRAR": stage2(seed)}
     folders["scale AR"] = stage2(seed, name="scales", chains="scales")
     for name, folder in folders.items():
-        yield from at_scales(name, seed, sampler(load(folder)))
+        scales = args.high if name == "scale AR" else args.scales
+        yield from at_scales(name, seed, sampler(load(folder)), scales)
         yield from similarities(name, seed, folder)
 
 

@@ -153,7 +153,16 @@ COMPARISONS = (
     ),
     # Features (Section 4.2.2, Figures 1 and 4, Table 4).
     *diversity(
-        "the features of MRAR are more diverse than those of 1-step AR", "scales", "MRAR", "stage 1"
+        "the features of MRAR are more diverse than those of 1-step AR",
+        "condition",
+        "MRAR, features",
+        "stage 1, features",
+    ),
+    *diversity(
+        "the features of MRAR are more diverse than those of 1-step AR trained as long",
+        "condition",
+        "MRAR, features",
+        "control, features",
     ),
     *diversity(
         "the features of 1-step AR are more diverse than those of scale AR",
