@@ -115,7 +115,7 @@ def draw_similarity(tables, folder):
         pale = {f"{name}, centred": curve for name, curve in curves["centred"].items()}
         n = len(full)
         path = folder / "claims-steps-similarity.png"
-        plot(full | pale, path, "step", "Eq. 15", COLORS[:n] + PALE[:n])
+        plot(full | pale, path, "step", "Eq. 15", COLORS[:n] + PALE[:n], height=560)
 
 
 def draw_verdicts(results, path, width=900):

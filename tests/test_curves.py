@@ -8,7 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "demo"))
-from curves import draw_verdicts, plot, ticks  # noqa: E402
+from curves import draw_similarity, draw_verdicts, plot, ticks  # noqa: E402
 from verdicts import by_claim, compare  # noqa: E402
 
 BLUE = (0x1F, 0x5F, 0xA8)
@@ -80,6 +80,21 @@ def test_the_bars_of_a_comparison_have_its_proportions(tmp_path):
     assert widths[0] / widths[1] == pytest.approx(0.5, abs=0.02)
     draw_verdicts([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_eq_15_of_each_run_is_drawn_over_the_steps_and_paler_centred(tmp_path):
+    table = {}
+    for seed in ("0", "1"):
+        for step in (400, 800, 1200):
+            setting = f"lr 0.001, step {step}"
+            table["steps", setting, seed, "similarity (Eq. 15)"] = 0.5 + 0.3 * int(seed)
+            table["steps", setting, seed, "centred"] = 0.2
+    draw_similarity(by_claim(table), tmp_path)
+    picture = tmp_path / "claims-steps-similarity.png"
+    first, second, centred = (
+        np.bincount(pixels(picture, color)[0]).argmax() for color in (BLUE, RED, (0xEF, 0xA8, 0x99))
+    )
+    assert (centred - second) / (centred - first) == pytest.approx(0.6 / 0.3, abs=0.05)
 
 
 def test_losses_of_one_run_and_of_two_become_a_picture(tmp_path, command):
