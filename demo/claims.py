@@ -351,12 +351,12 @@ def autoguided(model, early):
 
 
 # -------------------------------------------------------------------------------- losses
-def held_out_images(seed):
+def held_out_images(seed, N):
     """([latents, labels, t, noise] of N held-out images, {kind: three references of each})."""
     cache, _, held_out = cache_of(seed)
     latents = means(cache, held_out)
     labels = cache.labels[held_out]
-    N = min(args.num, len(labels))
+    N = min(N, len(labels))
 
     rng = np.random.default_rng(seed)
     references = {}
@@ -389,7 +389,7 @@ def losses(model, images, c):
 def compare_references(seed):
     """Rows (setting, metric, value) of stage 2 as it goes on: what references take off the loss of
     the next image (the gain)."""
-    images, kinds = held_out_images(seed)
+    images, kinds = held_out_images(seed, args.num)
     cases = {f"{kind}, image 3": kinds[kind] for kind in ("real", "of another class")}
     cases["real, image 1"] = kinds["real"][:, :1]
     rows = []
@@ -412,7 +412,7 @@ def compare_conditions(name, path, seed):
 
     The conditions of MRAR are those of image 3 of a chain.
     """
-    images, kinds = held_out_images(seed)
+    images, kinds = held_out_images(seed, args.few)
     model = load_checkpoint(path, args.device)  # float32, since the differences are small
     labels = images[1]
     other = (labels + 1) % model.config.num_classes
@@ -574,7 +574,8 @@ def steps(seed):
             path = folder / f"ema-{step:07d}.pt"
             yield from similarities(setting, seed, path)
             if lr == default and step % args.keep == 0:
-                yield from measure(setting, seed, sampler(load(folder, path.name), cfg=CFG))
+                draw = sampler(load(folder, path.name), cfg=CFG)
+                yield from measure(setting, seed, draw, args.few)
 
 
 def baselines(seed):
