@@ -49,9 +49,9 @@ def chain_features(model, labels, seed):
 def measure(model, seeds, device):
     """Means over classes and seeds of Eq. 15, of Eq. 15 centred, and of the release's measure.
 
-    A vector common to all features makes every S_ij positive, but to the decoder it is a bias: added
-    to all keys it leaves the softmax as it is, added to all values it shifts the result. `centred`
-    takes it off: the mean over the classes and positions of one seed.
+    A vector common to all features makes every S_ij positive, but to the decoder it is a bias:
+    added to all keys it leaves the softmax as it is, added to all values it shifts the result.
+    `centred` takes it off: the mean over the classes and positions of one seed.
     """
     classes = torch.tensor(model.info["counts"], device=device).nonzero()[:, 0]
     rows = []

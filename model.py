@@ -28,6 +28,8 @@ is 1-step AR ("0 references" in the paper), refs = 4 is the paper's MRAR.
 import argparse
 import contextlib
 import dataclasses
+import fnmatch
+import functools
 import hashlib
 import inspect
 import json
@@ -41,7 +43,6 @@ import unicodedata
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 # Before torch: OpenMP threads that wait shall not spin for long. With two programs on the same
 # cores this is 8 times as fast.
@@ -121,6 +122,9 @@ SIZES = {
     "L": Config(width=1024, heads=16, ar_depth=32, dit_depth=16),
     "H": Config(width=1280, heads=16, ar_depth=40, dit_depth=20),
 }
+
+
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 def attention_masks(config, device=None):
@@ -214,9 +218,9 @@ class ARBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm1 = LayerNorm(config.width)
         self.attn = SelfAttention(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm2 = LayerNorm(config.width)
         self.mlp = MLP(config)
 
     def forward(self, x, mask):
@@ -251,9 +255,9 @@ class ARTransformer(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, length, width))
         if config.refs > 1:
             self.reference_proj = nn.Linear(config.latent_channels * config.patch**2, width)
-        self.norm_in = nn.LayerNorm(width, eps=1e-6)
+        self.norm_in = LayerNorm(width)
         self.blocks = nn.ModuleList(ARBlock(config) for _ in range(config.ar_depth))
-        self.norm_out = nn.LayerNorm(width, eps=1e-6)
+        self.norm_out = LayerNorm(width)
 
     def forward(self, labels, references=None):
         """Features before the second position embedding.
@@ -304,11 +308,11 @@ class DiTBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.width))
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm1 = LayerNorm(config.width)
         self.attn1 = SelfAttention(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm2 = LayerNorm(config.width)
         self.attn2 = CrossAttention(config)
-        self.norm3 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm3 = LayerNorm(config.width)
         self.mlp = MLP(config)
 
     def forward(self, x, modulation, keys, values, mask):
@@ -346,7 +350,7 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.dit_depth))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, width))
-        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm_out = LayerNorm(width, elementwise_affine=False)
         self.output_proj = nn.Linear(width, config.latent_channels)
 
     def keys_values(self, c):
@@ -409,7 +413,7 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
         x = x + s1 * drift * dt + s2 * math.sqrt(w * -dt) * noise_sampler(x)
 
 
-def adams_bashforth(velocity, x, steps=8):
+def adams_bashforth(velocity, x, steps=8, **unused):
     """Integrate the flow dx/dt = v (Eq. 3) without noise, to second order; ours, for few steps."""
     v_last = None
     for i in range(steps):
@@ -420,7 +424,7 @@ def adams_bashforth(velocity, x, steps=8):
     return x
 
 
-# A sampler is called with the velocity, x, and those of steps, s1, s2, noise_sampler that it takes.
+# A sampler is called with the velocity, x, and steps, s1, s2, noise_sampler.
 SAMPLERS = {"euler-maruyama": euler_maruyama, "adams-bashforth": adams_bashforth}
 
 
@@ -441,31 +445,25 @@ class Sampling:
     s1: float = 0.87  # scale of the drift, Eq. 18
     s2: float = 0.91  # scale of the noise, Eq. 18
 
-    def used(self):
-        """{name: value} without s1 and s2 where the sampler takes none."""
-        unused = {"s1", "s2"} - set(inspect.signature(SAMPLERS[self.sampler]).parameters)
-        return {k: v for k, v in vars(self).items() if k not in unused}
-
     def replace(self, **given):
         """Sampling with the settings that are not None. Another sampler brings its own steps."""
         given = {k: v for k, v in given.items() if v is not None}
         new = dataclasses.replace(self, **given)
-        changed = {k for k in given if given[k] != getattr(self, k)}
-        unused = sorted(changed - set(new.used()))
+        takes = inspect.signature(SAMPLERS[new.sampler]).parameters
+        unused = [k for k in ("s1", "s2") if k not in takes and vars(new)[k] != vars(self)[k]]
         if unused:
             raise UserError(f"{', '.join(unused)}: {new.sampler} has none; name another sampler")
         if new.sampler != self.sampler and "steps" not in given:
-            steps = inspect.signature(SAMPLERS[new.sampler]).parameters["steps"].default
-            return dataclasses.replace(new, steps=steps)
+            return dataclasses.replace(new, steps=takes["steps"].default)
         return new
 
 
 RELEASED_SAMPLING = {  # (width, refs, latent_size), where it is not that of B
     (1024, 1, 16): Sampling(s1=0.89, s2=0.95),
     (1024, 4, 16): Sampling(s1=0.925, s2=0.95),
-    (1024, 1, 32): Sampling(s1=0.87, s2=0.87),
-    (1280, 1, 16): Sampling(cfg=1.23, s1=0.87, s2=0.93),
-    (1280, 4, 16): Sampling(cfg=1.28, s1=0.87, s2=0.91),
+    (1024, 1, 32): Sampling(s2=0.87),
+    (1280, 1, 16): Sampling(cfg=1.23, s2=0.93),
+    (1280, 4, 16): Sampling(cfg=1.28),
 }
 
 
@@ -622,9 +620,9 @@ class TransDiff(nn.Module):
             return v_null + s.cfg * (v - v_null)  # the drift is affine in v: this mixes drifts
 
         sampler = SAMPLERS[s.sampler]
-        values = dict(steps=s.steps, s1=s.s1, s2=s.s2, noise_sampler=noise_sampler)
-        takes = set(values) & set(inspect.signature(sampler).parameters)
-        return sampler(guided_velocity, noise, **{name: values[name] for name in takes})
+        return sampler(
+            guided_velocity, noise, steps=s.steps, s1=s.s1, s2=s.s2, noise_sampler=noise_sampler
+        )
 
     @torch.no_grad()
     def sample(
@@ -687,26 +685,26 @@ class TransDiff(nn.Module):
 
 # -------------------------------------------------------------------------------- checkpoints
 
-RELEASED_NAMES = (  # prefixes of the released files' names -> ours; the first match wins
-    ("fake_latent", "ar.null_class"),
-    ("mask_token", "ar.mask_tokens"),
-    ("encoder_pos_embed_learned", "ar.positions"),
-    ("class_emb.", "ar.class_embedding."),
-    ("z_proj.", "ar.reference_proj."),
-    ("z_proj_ln.", "ar.norm_in."),
-    ("encoder_blocks.", "ar.blocks."),
-    ("encoder_norm.", "ar.norm_out."),
-    ("diffusion_pos_embed_learned", "cond_positions"),
-    ("diffdecoder.net.diffusion_pos_embed_learned", "decoder.positions"),
-    ("diffdecoder.net.time_embed.time_embedder.linear_1.", "decoder.time_mlp.0."),
-    ("diffdecoder.net.time_embed.time_embedder.linear_2.", "decoder.time_mlp.2."),
-    ("diffdecoder.net.time_embed.time_proj.", "decoder.modulation."),
-    ("diffdecoder.net.cond_embed.", "decoder.cond_proj."),
-    ("diffdecoder.net.res_blocks.", "decoder.blocks."),
-    ("diffdecoder.net.final_layer.scale_shift_table", "decoder.scale_shift_table"),
-    ("diffdecoder.net.final_layer.linear.", "decoder.output_proj."),
-    ("diffdecoder.net.", "decoder."),
-)
+RELEASED_NAMES = {  # prefixes of the released files' names -> ours; the first match wins
+    "fake_latent": "ar.null_class",
+    "mask_token": "ar.mask_tokens",
+    "encoder_pos_embed_learned": "ar.positions",
+    "class_emb.": "ar.class_embedding.",
+    "z_proj.": "ar.reference_proj.",
+    "z_proj_ln.": "ar.norm_in.",
+    "encoder_blocks.": "ar.blocks.",
+    "encoder_norm.": "ar.norm_out.",
+    "diffusion_pos_embed_learned": "cond_positions",
+    "diffdecoder.net.diffusion_pos_embed_learned": "decoder.positions",
+    "diffdecoder.net.time_embed.time_embedder.linear_1.": "decoder.time_mlp.0.",
+    "diffdecoder.net.time_embed.time_embedder.linear_2.": "decoder.time_mlp.2.",
+    "diffdecoder.net.time_embed.time_proj.": "decoder.modulation.",
+    "diffdecoder.net.cond_embed.": "decoder.cond_proj.",
+    "diffdecoder.net.res_blocks.": "decoder.blocks.",
+    "diffdecoder.net.final_layer.scale_shift_table": "decoder.scale_shift_table",
+    "diffdecoder.net.final_layer.linear.": "decoder.output_proj.",
+    "diffdecoder.net.": "decoder.",
+}
 
 
 def load_file(path):
@@ -735,18 +733,14 @@ def read_weights(ckpt, *names):
 
 def config_from_shapes(state):
     """Config of weights under our names. Heads: those of SIZES, else width / 64."""
-
-    def depth(prefix):
-        return len({name.split(".")[2] for name in state if name.startswith(prefix)})
-
     width = state["ar.null_class"].shape[1]
     num_masks = state["ar.mask_tokens"].shape[1]
     cond_tokens = state["cond_positions"].shape[1]
     return Config(
         width=width,
         heads={160: 5, 1280: 16}.get(width, width // 64),
-        ar_depth=depth("ar.blocks."),
-        dit_depth=depth("decoder.blocks."),
+        ar_depth=len(fnmatch.filter(state, "ar.blocks.*.norm1.weight")),
+        dit_depth=len(fnmatch.filter(state, "decoder.blocks.*.norm1.weight")),
         num_classes=len(state["ar.class_embedding.weight"]),
         refs=1 if num_masks == 1 else cond_tokens // num_masks,
         cond_tokens=cond_tokens,
@@ -756,17 +750,22 @@ def config_from_shapes(state):
     )
 
 
-RELEASED = "B L H B-mrar L-mrar H-mrar L-512".split()
+RELEASED = {  # names of the authors' models, their folders
+    name: f"transdiff_{name.lower().replace('-', '_')}"
+    for name in "B L H B-mrar L-mrar H-mrar L-512".split()
+}
 
 
 def checkpoint_path(path, name="ema.pt"):
     """The file that `path` names; of a run's folder its ema.pt; a name in RELEASED: fetched."""
-    if str(path) in RELEASED and not Path(path).exists():
-        return fetch_released(f"transdiff_{str(path).lower().replace('-', '_')}")
-    return Path(path, name) if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    if str(path) in RELEASED and not path.exists():
+        return fetch_released(RELEASED[str(path)])
+    return path / name if path.is_dir() else path
 
 
-class Checkpoint(NamedTuple):
+@dataclass
+class Checkpoint:
     """A model's checkpoint. `weights` are float32, under our names; `entries` is the whole file."""
 
     path: Path
@@ -779,7 +778,7 @@ def read_checkpoint(path, ema=True):
     """Checkpoint of a file, ours or the release's."""
     entries = load_file(path)
     weights = read_weights(entries, "model_ema" if ema else "model", "model")
-    for theirs, ours in RELEASED_NAMES:
+    for theirs, ours in RELEASED_NAMES.items():
         for name in [k for k in weights if k.startswith(theirs)]:
             weights[ours + name.removeprefix(theirs)] = weights.pop(name)
     if "config" in entries:
@@ -1001,7 +1000,7 @@ def shorten(names):
     return ", ".join(map(str, names[:20])) + more
 
 
-def class_index(flag, word, model):
+def class_index(word, model):
     """Index of a class of the model, given as its name or as its index.
 
     Names that are numbers are compared as numbers: of folders 01 ... 10, 1 is the first.
@@ -1019,7 +1018,7 @@ def class_index(flag, word, model):
     index = choices.index(key) % len(names) if key in choices else None
     if index is None or not counts[index]:
         trained = [name for name, count in zip(names, counts) if count]
-        raise UserError(f"{flag} {word}: this model was trained on the classes {shorten(trained)}")
+        raise UserError(f"--class {word}: this model was trained on the classes {shorten(trained)}")
     return index
 
 
@@ -1069,15 +1068,15 @@ def pick_device(name=None):
     return device
 
 
-def pick_dtype(name, device, width):
-    """--dtype; default: bf16 where the hardware is fast at it. On a CPU with AVX512-bf16 but no AMX
-    that is so for wide models alone: XS trains half as fast as in fp32."""
+def pick_dtype(device, width):
+    """Default of --dtype: bf16 where the hardware is fast at it. On a CPU with AVX512-bf16 but no
+    AMX that is so for wide models alone: XS trains half as fast as in fp32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_amx_tile_supported()
         native = native or (torch.cpu._is_avx512_bf16_supported() and width >= 512)
-    return name or ("bf16" if native else "fp32")
+    return "bf16" if native else "fp32"
 
 
 def autocast(device, dtype):

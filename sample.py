@@ -22,10 +22,23 @@ from model import (
     atomic_write,
     autocast,
     bounded,
+    cast_weights,
+    checkpoint_path,
+    class_index,
+    fetch_released,
+    load_checkpoint,
+    make_parser,
+    missing_parts,
+    part_paths,
+    per_image_noise,
+    pick_device,
+    pick_dtype,
+    run_main,
+    sha256_prefix,
+    shorten,
+    start_parts,
+    wait_until,
 )
-from model import cast_weights, checkpoint_path, class_index, load_checkpoint
-from model import make_parser, missing_parts, part_paths, per_image_noise, pick_device, pick_dtype
-from model import run_main, sha256_prefix, shorten, start_parts, wait_until
 from vae import DEMO_VAE, latents_to_images, load_vae, save_grid
 
 import numpy as np
@@ -121,7 +134,9 @@ def main():
         raise UserError(f"--out {out}: is there already; remove it or give another")
 
     # -------- model and VAE
-    path = checkpoint_path(args.pretrained or args.ckpt)
+    path = checkpoint_path(args.ckpt)
+    if args.pretrained:
+        path = fetch_released(RELEASED[args.pretrained])
     beside = path.parent / "vae.pt"
     vae_path = "kl16" if args.pretrained else beside if beside.exists() else DEMO_VAE
     model = load_checkpoint(path, device)
@@ -129,26 +144,26 @@ def main():
     model.sampling = model.sampling.replace(**given)
     refs = args.refs or model.config.refs
     vae = load_vae(args.vae or vae_path, device, model)
-    dtype = pick_dtype(args.dtype, device, model.config.width)
+    dtype = args.dtype or pick_dtype(device, model.config.width)
     cast_weights(model, dtype)
 
     # -------- labels
     counts = np.array(model.info["counts"])
     if args.classes:
-        classes = [class_index("--class", word, model) for word in args.classes]
+        classes = [class_index(word, model) for word in args.classes]
     else:
         classes = np.flatnonzero(counts)[: None if args.num else 10]
     names = np.array(model.info["classes"])
-    labels = torch.tensor(classes, device=device)
+    labels = np.array(classes)
     if args.num:
         balanced = len(counts) == 1000 if args.balanced is None else args.balanced
         weights = np.ones(len(classes)) if balanced else counts[classes]
         labels = labels[in_turn(weights, args.num)]
     else:
-        labels = labels.repeat_interleave(args.n or 8)
+        labels = labels.repeat(args.n or 8)
 
     # -------- draw, batch by batch
-    batches = labels.split(args.batch_size)
+    batches = torch.from_numpy(labels).to(device).split(args.batch_size)
     mine = range(len(batches))
     if is_set:
         # Each process draws every WORLD-th batch; an unfinished set is resumed, by any number of
@@ -159,7 +174,7 @@ def main():
         if RANK > 0 and (not mine or out.exists()):  # nothing to do, or rank 0 has finished
             return
         inputs = dict(
-            labels=sha256_prefix(labels.cpu().numpy()),
+            labels=sha256_prefix(labels),
             weights=sha256_prefix(path.read_bytes()),
             vae=vae.digest,
             sampling=vars(model.sampling),
@@ -188,13 +203,11 @@ def main():
         return
 
     # -------- write
-    labels = labels.cpu().numpy()
     if is_set:
         wait_until(lambda: all(path.exists() for path in paths), f"the other parts of {partial}")
         images = np.concatenate([np.load(path, mmap_mode="r") for path in paths])
         if out.suffix == ".npz":  # ADM's format, and the names of the classes
-            arrays = dict(arr_0=images, arr_1=labels, classes=names)
-            atomic_write(out, lambda f: np.savez(f, **arrays))
+            atomic_write(out, lambda f: np.savez(f, arr_0=images, arr_1=labels, classes=names))
         else:
             for i, label in enumerate(labels):
                 path = partial / "images" / names[label] / f"{i:06d}.png"
@@ -207,7 +220,7 @@ def main():
         if not args.show_chain:
             images = images.reshape(len(classes), -1, *images.shape[1:])  # a class per row
         save_grid(images, out)
-    settings = ", ".join(f"{k} {v}" for k, v in model.sampling.used().items())
+    settings = ", ".join(f"{k} {v}" for k, v in vars(model.sampling).items())
     print(f"wrote {out} ({shorten(names[classes])}; refs {refs}, {settings})")
 
 

@@ -308,8 +308,8 @@ def train(args, last=None, init=None, model_class=TransDiff):
     counts[chains.empty] = 0
     info = dict(
         cache.info,
-        config=dataclasses.asdict(config),
-        sampling=dataclasses.asdict(model.sampling),
+        config=vars(config),
+        sampling=vars(model.sampling),
         chains=args.chains,
         counts=counts.tolist(),
         args={k: v for k, v in vars(args).items() if k not in not_saved},
@@ -652,7 +652,7 @@ def recipe(stage, init, size, width, refs, num_images, batch_size):
         return RECIPES[stage]
     name = "XS" if size == "XS" else "few"
     flags = dict(RECIPES[f"{name}, later" if init or stage != "1-step" else name])
-    flags["batch_size"] = max(1, flags["batch_size"] // refs)
+    flags["batch_size"] //= refs
     epochs = flags.pop("epochs")
     steps = epochs * num_images // (refs * (batch_size or flags["batch_size"]))
     flags["steps"] = max(flags["steps"], steps)
@@ -697,16 +697,22 @@ def parse(parser):
             known.update({k: flags[k] for k in ("size", "data", "holdout", "mirror") if k in flags})
 
     # The latent cache. The recipe depends on its images and on the side of its latents.
-    demo = first.size in (None, "XS")
-    defaults = dict(data=DEMO_DATA if demo else "latents", workers=4 if on_gpu else 0)
-    defaults.update(compile=on_gpu, seed=0, holdout=0.0, log_every=50, t="logit-normal")
+    defaults = dict(
+        data=DEMO_DATA if first.size in (None, "XS") else "latents",
+        workers=4 if on_gpu else 0,
+        compile=on_gpu,
+        seed=0,
+        holdout=0.0,
+        log_every=50,
+        t="logit-normal",
+    )
     data = first.data or known.get("data") or defaults["data"]
     num_images, side = (10**6 if first.size in ("B", "L", "H") else 0), 8
     if len(words) == len(sys.argv) - 1 or Path(data, "cache.json").exists():  # else --help alone
         if first.init and not init and not last:
             raise UserError(
                 f"--init {first.init}: not there; run train.py first, name a model, or one of "
-                f"{shorten(RELEASED)}"
+                f"{shorten(list(RELEASED))}"
             )
         workers = defaults["workers"] if first.workers is None else first.workers
         data = encode_once(data, first.vae, init, last_path.parent.parent, workers, device)
@@ -721,7 +727,7 @@ def parse(parser):
     defaults.update(recipe(stage, init, size, width, first.refs, num_images, first.batch_size))
     if first.epochs:
         defaults["steps"] = None
-    defaults.update(size=size, dtype=pick_dtype(None, device, width))
+    defaults.update(size=size, dtype=pick_dtype(device, width))
     parser.set_defaults(**{**defaults, **known})
     args = parser.parse_args()
 

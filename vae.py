@@ -417,10 +417,9 @@ class ImageArray(Dataset):
         self.shape = (size, size) if size else images.shape[1:3]
         labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0))).reshape(-1)
         one_each = labels.dtype.kind in "iu" and len(labels) == len(images)
-        labelled_well = one_each and 0 <= labels.min() <= labels.max() < 2**20  # else ids
-        if labelled_well:
-            classes = arrays.get("classes", np.arange(labels.max() + 1)).reshape(-1)
-            labelled_well = labels.max() < len(classes)
+        last = int(labels.max()) if one_each else -1
+        classes = arrays.get("classes", np.arange(min(last + 1, 2**20))).reshape(-1)  # else ids
+        labelled_well = one_each and 0 <= labels.min() <= last < len(classes)
         if labelled and not labelled_well:
             raise UserError(
                 f"{path}: has {has}; expected labels (or arr_1), an integer from 0 for each image, "
@@ -518,7 +517,7 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
     twice = [name for name, count in Counter(images.classes).items() if count > 1]
     if twice:
         raise UserError(f"{images.path}: two classes have the name {shorten(twice)}; rename one")
-    if images.path.resolve() in (out.resolve(), *out.resolve().parents):
+    if out.resolve().is_relative_to(images.path.resolve()):
         raise UserError(f"{out}: lies in the folder of images {images.path}; give another --out")
     lock_file = start_parts(out, record)  # noqa: F841 - until this function returns
     batch_size = max(1, min(32, 32 * 256**2 // math.prod(images.shape)))  # 6 GB
@@ -600,13 +599,14 @@ class LatentCache:
 
     def __init__(self, path):
         self.path = Path(path)
-        if not (self.path / "cache.json").exists():
+        complete = self.path / "cache.json"
+        if not complete.exists():
             raise UserError(
                 f"{path}: not there, not a latent cache, or an unfinished one; name one with "
                 f"--data, or make it: python vae.py encode --data SRC --vae F --out {path}"
             )
         with user_file(path, "latent cache"):
-            record = json.loads((self.path / "cache.json").read_text())
+            record = json.loads(complete.read_text())
             num_images, _, channels, *side = record["shape"]
             self.latent_shape = (channels // 2, *side)
             self.scale = record["scale"]
@@ -656,7 +656,7 @@ class LatentCache:
             *indices.shape, *self.row_shape
         )
 
-    def latents(self, moments, device, chains="images"):
+    def latents(self, moments, device, chains):
         """Latents [B, refs, C, H, W] on the device, drawn from a batch of moments; chains: the
         flag of finetune_mrar.py."""
         mean, logvar = moments.to(device, non_blocking=True).chunk(2, dim=2)

@@ -701,7 +701,7 @@ def main():
     table = (args.out or DEMO) / "claims.csv"
     args.out = args.out or Path("runs/claims-quick" if args.quick else "runs/claims")
     args.device = pick_device(args.device)
-    args.dtype = pick_dtype(None, args.device, train.SIZES["XS"].width)
+    args.dtype = pick_dtype(args.device, train.SIZES["XS"].width)
     if args.quick:
         vars(args).update(QUICK, seeds=args.seeds[:1], data=few_images(args.out / "images.npz"))
         small = dict(width=32, heads=1, ar_depth=1, dit_depth=1)

@@ -171,7 +171,7 @@ def main():
     path = checkpoint_path(args.ckpt)
     model = load_checkpoint(path, device)
     model.sampling = model.sampling.replace(steps=args.steps)
-    classes = [class_index("--class", word, model) for word in args.classes]
+    classes = [class_index(word, model) for word in args.classes]
     labels = torch.tensor(classes, device=device)
     if args.figure == "similarity":
         trained = torch.tensor(model.info["counts"], device=device).nonzero()[:64, 0]

@@ -451,7 +451,7 @@ def main():
         return count_memory([args.size] if args.size else ["B", "L", "H"])
     args.size = args.size or "B"
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device, SIZES[args.size].width)
+    dtype = args.dtype or pick_dtype(device, SIZES[args.size].width)
     if args.only == "attention":
         return check_attention(args.size, device, dtype)
     if args.compile is None:

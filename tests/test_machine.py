@@ -1,5 +1,6 @@
 """Machines and habits: drivers, memory, terminals, moved files, folders with other things in them."""
 
+import math
 import os
 import subprocess
 import sys
@@ -57,8 +58,7 @@ def test_bf16_on_a_cpu_depends_on_its_instructions_and_the_width(
 ):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert pick_dtype(None, torch.device("cpu"), width) == dtype
-    assert pick_dtype("fp32", torch.device("cpu"), width) == "fp32"
+    assert pick_dtype(torch.device("cpu"), width) == dtype
 
 
 def test_what_cannot_fit_is_refused_and_what_can_is_cut(cache, run, refused, monkeypatch):
@@ -282,7 +282,7 @@ class Net(torch.nn.Module):
 
 
 def test_statistics_and_networks_that_do_not_fit_are_refused(cache, refused):
-    for name, gain in (("net.ts", 1.0), ("logits.ts", 10.0)):
+    for name, gain in (("net.ts", 1.0), ("logits.ts", 10.0), ("nan.ts", math.nan)):
         torch.jit.script(Net(gain)).save(name)
     for name, mu, sigma in (
         ("wide", np.zeros(64), np.eye(64)),
@@ -293,6 +293,7 @@ def test_statistics_and_networks_that_do_not_fit_are_refused(cache, refused):
         message = refused(f"fid.py --samples s.npz --net net.ts --ref {name}.npz")
         assert f"--ref {name}.npz: not mean and covariance of 8 finite features" in message
     assert "probabilities of sum 10" in refused("fid.py --samples s.npz --net logits.ts")
+    assert "probabilities of sum nan" in refused("fid.py --samples s.npz --net nan.ts")
     assert "must end in .npz" in refused("fid.py --samples s.npz --net net.ts --save-stats stats")
 
 

@@ -786,13 +786,13 @@ def test_a_class_is_named_in_any_unicode_form_or_by_its_index(word, classes, emp
     if classes:
         model.info.update(classes=classes, counts=[k not in empty for k in range(len(classes))])
     if index is not None:
-        assert class_index("--class", word, model) == index
+        assert class_index(word, model) == index
         return
     names = model.info["classes"]
     trained = ", ".join(name for k, name in enumerate(names) if k not in empty)
     message = f"--class {word}: this model was trained on the classes {trained}$"
     with pytest.raises(UserError, match=message):
-        class_index("--class", word, model)
+        class_index(word, model)
 
 
 def test_the_noise_of_an_image_is_the_same_in_every_batch_and_on_its_device():

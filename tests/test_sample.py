@@ -3,6 +3,7 @@
 import dataclasses
 import http.server
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,6 +241,7 @@ def hub(serve, released_files, monkeypatch):
 
 
 def test_pretrained_fetches_once_and_draws(run, hub):
+    Path("B-mrar").mkdir()  # is not meant
     draw = "sample.py --pretrained B-mrar --class 1 --n 1 --refs 1 --steps 1"
     run(f"{draw} --out x.npz")
     assert len(hub.requests) == 2  # the model and the VAE

@@ -320,7 +320,7 @@ def test_a_million_images_take_little_more_time_and_memory_than_ten_thousand(tmp
         synthetic_cache(tmp_path / str(n), n)
         before, began = megabytes(), time.process_time()
         cache = LatentCache(tmp_path / str(n))
-        images, _ = train.split(cache.labels, 0)
+        images, _ = train.split(cache, 0)
         chains = train.Chains(cache, images, refs=refs, batch_size=256, seed=0)
         for step in range(20):
             chains[step]

@@ -324,6 +324,13 @@ def test_integer_labels_of_any_form_are_read(tmp_path, names, labels, pixels):
     assert images.classes == ["0", "1", "2"] and np.array_equal(images[5], pixels[5])
 
 
+def test_labels_of_a_byte_may_be_255(tmp_path):
+    labels = np.array([255] * 6, np.uint8)
+    np.savez(tmp_path / "s.npz", images=PIXELS, labels=labels)
+    images = open_images(tmp_path / "s.npz", 8)
+    assert images.labels.tolist() == [255] * 6 and len(images.classes) == 256
+
+
 @pytest.mark.parametrize("arrays", [
     {},
     dict(labels=LABELS.astype(float)),
