@@ -114,13 +114,13 @@ class Chains(Dataset):
         if self.listed is not None:
             return rng.permutation(self.listed)
         images = rng.permutation(self.images)
-        images = images[np.argsort(self.cache.labels[images], kind="stable")]
         labels = self.cache.labels[images]
-        # Labels 0 0 0 1 1, refs = 2: positions in the class 0 1 2 0 1; 2 of each fill chains.
-        position = np.arange(len(images)) - np.searchsorted(labels, labels)
-        used = np.bincount(labels) // self.refs * self.refs
-        chains = images[position < used[labels]].reshape(-1, self.refs)
-        return rng.permutation(chains)
+        chains = [np.empty((0, self.refs), int)]
+        for label in np.unique(labels):
+            members = images[labels == label]
+            count = len(members) // self.refs
+            chains.append(members[: count * self.refs].reshape(count, self.refs))
+        return rng.permutation(np.concatenate(chains))
 
     def indices(self, step):
         """Image indices [b, refs] of this process's part of a step."""
