@@ -164,11 +164,12 @@ COMPARISONS = (
         "MRAR, features",
         "control, features",
     ),
-    *diversity(
-        "the features of 1-step AR are more diverse than those of scale AR",
+    Comparison(
+        "the features of 1-step AR are more diverse than those of scale AR, Eq. 15",
         "scales",
         "stage 1",
         "scale AR",
+        "similarity (Eq. 15)",
     ),
     *diversity(
         "features become more diverse in training",
