@@ -419,9 +419,12 @@ def compare_conditions(name, path, seed):
     null = torch.full_like(labels, model.config.num_classes)
     chains = dict.fromkeys(kinds) if model.config.refs == 1 else kinds  # 1-step: no references
     c = model.encode(labels, chains["real"])
+    positions = model.cond_positions[:, : c.shape[1]]
+    order = torch.randperm(c.shape[1])
     conditions = {
         "c": c,
-        "positions of c shuffled": c[:, torch.randperm(c.shape[1])],
+        # Of c itself the order is nothing: attention sees a set.
+        "features at other positions": (c - positions)[:, order] + positions,
         "mean of c at every position": c.mean(1, keepdim=True).expand_as(c),
         "c of another class": model.encode(other, chains["of another class"]),
         "c of null": model.encode(null, chains["real"]),

@@ -196,7 +196,9 @@ COMPARISONS = (
         "MRAR, features 32",
     ),
     # What c holds (ours).
-    losses("the positions of c matter", "stage 1, c", "stage 1, positions of c shuffled"),
+    losses(
+        "the positions of the features matter", "stage 1, c", "stage 1, features at other positions"
+    ),
     losses(
         "the features beside their mean matter",
         "stage 1, c",
