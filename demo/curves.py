@@ -23,7 +23,6 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 COLUMNS = dict(loss="training loss", holdout_loss="held-out loss", seen_loss="seen images' loss")
 CURVES = (  # of claims.csv: claim, metric
     ("autoguidance", "distance"),
-    ("steps", "distance"),
     ("references", "gain"),
 )
 COLORS = ("#1f5fa8", "#c8391f", "#2a8a3e", "#8450b0", "#b07a10", "#555555")
