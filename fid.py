@@ -99,8 +99,8 @@ def precision_recall(samples, reference, k=3):
         """The part of x in the manifold of the points."""
         radii = []
         for block in tqdm(points.split(256), desc="precision and recall"):
-            radius = torch.cdist(block, points).kthvalue(k + 1).values  # the first is itself
-            radii.append(radius)
+            nearest = torch.cdist(block, points).topk(k + 1, largest=False).values
+            radii.append(nearest[:, k])  # nearest[:, 0] is the point itself
         radii = torch.cat(radii) + slack
         inside = [(torch.cdist(block, points) <= radii).any(1) for block in x.split(256)]
         return torch.cat(inside).double().mean().item()

@@ -414,7 +414,10 @@ def euler_maruyama(velocity, x, steps=100, s1=1.0, s2=1.0, noise_sampler=None):
 
 
 def adams_bashforth(velocity, x, steps=8, **unused):
-    """Integrate the flow dx/dt = v (Eq. 3) without noise, to second order; ours, for few steps."""
+    """Integrate the flow dx/dt = v (Eq. 3) without noise, to second order; ours, for few steps.
+
+    unused  s1, s2 and noise_sampler: it has neither scales nor noise
+    """
     v_last = None
     for i in range(steps):
         v = velocity(x, 1 - i / steps)

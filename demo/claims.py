@@ -423,7 +423,7 @@ def compare_conditions(name, path, seed):
     order = torch.randperm(c.shape[1])
     conditions = {
         "c": c,
-        # Of c itself the order is nothing: attention sees a set.
+        # c itself has no order: attention sees a set of keys.
         "features at other positions": (c - positions)[:, order] + positions,
         "mean of c at every position": c.mean(1, keepdim=True).expand_as(c),
         "c of another class": model.encode(other, chains["of another class"]),

@@ -102,13 +102,15 @@ def command(tmp_path, tmp_path_factory):
     return call
 
 
+TINY = dict(width=32, heads=1, ar_depth=1, dit_depth=1, label_drop_prob=0.5)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """XS is smaller in this process: for tests of what does not depend on the size."""
     from model import SIZES
 
-    small = dict(width=32, heads=1, ar_depth=1, dit_depth=1, label_drop_prob=0.5)
-    monkeypatch.setitem(SIZES, "XS", dataclasses.replace(SIZES["XS"], **small))
+    monkeypatch.setitem(SIZES, "XS", dataclasses.replace(SIZES["XS"], **TINY))
 
 
 @pytest.fixture(scope="session")

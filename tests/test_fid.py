@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,6 +332,11 @@ def test_accuracy_is_of_known_names(tmp_path, measure, two_classes, names, flip,
     else:
         assert abs(got["accuracy"] - accuracy) < 0.03 and not line
         assert f"{got['accuracy']:.4f}" in printed.out
+
+
+@pytest.mark.skipif(os.sep == "\\", reason="separates folders there")
+def test_a_backslash_in_the_name_of_a_class_is_a_letter():
+    assert fid.class_names(SimpleNamespace(names=["a\\b/0.png"])) == ["a\\b"]
 
 
 @pytest.mark.parametrize("labels,line", [

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, forks, run_script
+from conftest import ROOT, TINY, forks, run_script
 from in_process import run_in_process
 from PIL import Image
 from test_vae import SMALL, refused, run, save_small_vae, save_vae  # noqa: F401
@@ -610,8 +610,7 @@ sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import train, vae
 from model import SIZES, TransDiff, run_main
-small = dict(width=32, heads=1, ar_depth=1, dit_depth=1, label_drop_prob=0.5)  # as `tiny`
-SIZES["XS"] = dataclasses.replace(SIZES["XS"], **small)
+SIZES["XS"] = dataclasses.replace(SIZES["XS"], **{tiny})
 {patch}
 run_main(train.main)
 """
@@ -642,7 +641,7 @@ train.torch.save = half
 def patched(patch):
     """Write the script that patches train.py; returns its absolute path."""
     path = Path("patched.py").absolute()
-    path.write_text(PATCHED.format(patch=patch))
+    path.write_text(PATCHED.format(patch=patch, tiny=TINY))
     return path
 
 
