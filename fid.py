@@ -19,7 +19,7 @@ from pathlib import Path
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import UserError, atomic_write, bounded, fetch, make_parser, pick_device, run_main
 from model import sha256_prefix, shorten, user_file, write_json
-from vae import open_images
+from vae import Images
 
 import numpy as np
 import torch
@@ -49,15 +49,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu     [D], float64
     sigma  [D, D], symmetric, float64
 
-    The trace of the root is the sum of the singular values of R1^T R2, where R R^T = S. Unlike a
-    matrix square root these are exact for singular covariances too (fewer images than features).
+    The trace of the root is the sum of the roots of the eigenvalues of S1 S2. Unlike a matrix
+    square root these are sound for singular covariances too (fewer images than features).
     """
-
-    def root(sigma):  # root @ root.T = sigma
-        values, vectors = torch.linalg.eigh(sigma)
-        return vectors * values.clamp_min(0).sqrt()
-
-    cross = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
+    cross = torch.linalg.eigvals(sigma1 @ sigma2).sqrt().real.sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return distance.clamp_min(0).item()
 
@@ -161,11 +156,11 @@ def class_names(images):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--samples", metavar="S", required=True, help="images: a folder (any depth), or F.npz")
-    add("--ref", metavar="R", help="images, ADM's reference batch, or statistics of --save-stats")
-    add("--net", metavar="FILE", help="feature network, TorchScript (default: NVIDIA's Inception)")
-    add("--json", metavar="FILE", help="also write the numbers to this file")
-    add("--save-stats", metavar="F.npz", help="write mean and covariance of the samples' features")
+    add("--samples", required=True, help="images: a folder (any depth), or F.npz")
+    add("--ref", help="images, ADM's reference batch, or statistics of --save-stats")
+    add("--net", help="feature network, TorchScript (default: NVIDIA's Inception)")
+    add("--json", help="also write the numbers to this file")
+    add("--save-stats", help="write mean and covariance of the samples' features to this .npz")
     add("--image-size", type=bounded(int, 1), help="crop all images to N x N pixels")
     add("--workers", type=bounded(int, 0), default=0, help="processes to read images (default: 0)")
     args = parser.parse_args()
@@ -174,7 +169,7 @@ def main():
     device = pick_device(args.device)
 
     # -------- samples and network
-    samples = open_images(args.samples, args.image_size, labelled=False)
+    samples = Images(args.samples, args.image_size, labelled=False)
     path = args.net or fetch(INCEPTION, "inception-2015-12-05.pt")
     net, width = load_net(path, samples.shape, device)
     network = sha256_prefix(Path(path).read_bytes())
@@ -204,7 +199,7 @@ def main():
             )
     if reference:
         height, width = samples.shape
-        reference = open_images(args.ref, height if height == width else None, labelled=False)
+        reference = Images(args.ref, height if height == width else None, labelled=False)
         if reference.shape != samples.shape:
             raise UserError(
                 f"--ref {args.ref}: {reference.shape} px, the samples {samples.shape}: "

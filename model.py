@@ -567,10 +567,9 @@ class TransDiff(nn.Module):
         noise=None,
         batch_mul=1,
         t_distribution="logit-normal",
-        reduce=True,
     ):
         """Rectified-flow loss (Eq. 8): mean over the images of the chains and `batch_mul` draws of
-        (t, noise) for each; without `reduce` that of each draw, [B, M].
+        (t, noise) for each.
 
         latents  [B, refs, C, H, W]: chains of real images of one class, scaled to unit variance
         labels   int64 [B]; in training some become the null class, for guidance
@@ -589,8 +588,7 @@ class TransDiff(nn.Module):
         if self.config.refs > 1:
             _, cross_mask = attention_masks(self.config, x.device)  # image k: c_0 ... c_k
         v = self.decoder(x_t, t, keys_values, cross_mask)
-        error = (v.float() - (eps - x)).square()  # Eq. 5, 8
-        return error.mean() if reduce else error.mean((2, 3, 4))  # per number of the image
+        return (v.float() - (eps - x)).square().mean()  # Eq. 5, 8; per number of the image
 
     # DistributedDataParallel wraps forward. A subclass with its own loss repeats this line.
     forward = loss
@@ -812,8 +810,6 @@ def load_checkpoint(path, device="cpu", ema=True):
         model.load_state_dict(ckpt.weights, assign=True)
     info = "step classes vae_digest counts chains".split()
     model.info.update({k: v for k, v in ckpt.entries.items() if k in info})
-    for k in ckpt.entries.get("empty", []):  # of an older file, without counts
-        model.info["counts"][k] = 0
     model.sampling = dataclasses.replace(model.sampling, **ckpt.entries.get("sampling", {}))
     return model.to(device).eval().requires_grad_(False)
 
@@ -945,12 +941,12 @@ def start_parts(folder, settings):
     Returns the lock of the folder, on rank 0.
     """
     path = folder / "settings.json"
-    text = json.dumps(settings, default=str)
+    text = json.dumps(settings, indent=1)  # as write_json does
     held = None
     if RANK == 0:
         held = lock(folder)
         if not list(folder.glob("*.npy")):  # new, or a command that failed before its first part
-            atomic_write(path, lambda f: f.write(text.encode()))
+            write_json(path, settings)
         if path.read_text() != text:
             raise UserError(
                 f"{folder}: is of other inputs or settings; give another --out, or remove it"

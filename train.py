@@ -131,12 +131,15 @@ class Chains(Dataset):
         return np.stack([self.epoch_order(i // n)[i % n] for i in chains])
 
     def __getitem__(self, step):
-        """Moments, the VAE's mean and log-variance, float16 [b, refs, 2 C, h, w]; labels [b]."""
+        """Moments, the VAE's mean and log-variance, float16 [b, refs, 2 C, h, w]; labels [b].
+
+        Arrays travel from the workers through a pipe, tensors would through shared memory, of which
+        a container may have next to none.
+        """
         indices = self.indices(step)
         rng = np.random.default_rng((self.seed, step, self.rank))
         flips = rng.integers(0, 2 if self.mirror else 1, indices.shape)
-        moments = self.cache.moments(indices, flips)
-        return torch.from_numpy(moments), torch.from_numpy(self.cache.labels[indices[:, 0]])
+        return self.cache.moments(indices, flips), self.cache.labels[indices[:, 0]]
 
 
 def read_chains(path, cache, images, refs):
@@ -169,12 +172,6 @@ def read_chains(path, cache, images, refs):
         raise UserError(f"--chains {path}: has no chain of images in {cache.path}; {rest}")
     say(f"{path}: {len(chains)} of {len(lines)} chains; {rest}")
     return np.array(chains)
-
-
-def to_numpy(item):
-    """Arrays travel from the workers through a pipe, tensors would through shared memory, of which
-    a container may have next to none."""
-    return [x.numpy() for x in item]
 
 
 # -------------------------------------------------------------------------------- one step
@@ -296,7 +293,8 @@ def train(args, last=None, init=None, model_class=TransDiff):
                 "--accumulate N starts all the same"
             )
         accumulate = micro_batches_needed(args.batch_size, chain_bytes, num_params, memory)
-    if args.batch_size % (WORLD * accumulate):
+    micro_batch, rest = divmod(args.batch_size, WORLD * accumulate)
+    if rest:
         raise UserError(
             f"--batch-size {args.batch_size}: must be a multiple of {WORLD} processes x "
             f"--accumulate {accumulate}"
@@ -316,10 +314,8 @@ def train(args, last=None, init=None, model_class=TransDiff):
     )
     if RANK == 0:
         lock_file = lock(out)  # noqa: F841 - until this function returns
-        vae_bytes = (cache.path / "vae.pt").read_bytes()  # beside ema.pt, for sample.py
-        atomic_write(out / "vae.pt", lambda f: f.write(vae_bytes))
-
-    micro_batch = args.batch_size // (WORLD * accumulate)
+        vae_file = cache.path / "vae.pt"  # beside ema.pt, for sample.py
+        atomic_write(out / "vae.pt", lambda f: f.write(vae_file.read_bytes()))
 
     say(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {device.type}")
     say(
@@ -344,7 +340,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
         batch_size=None,  # an item is a batch
         sampler=range(first_step, steps),
         num_workers=args.workers,
-        collate_fn=to_numpy,
+        collate_fn=tuple,  # the default would make tensors
     )
     batches = iter(batches)  # forks the workers, which use no GPU: before NCCL starts
     if WORLD > 1:  # the time-out: rank 0 may draw, or write a large checkpoint
@@ -400,12 +396,10 @@ def train(args, last=None, init=None, model_class=TransDiff):
         evaluate = is_due(evaluate_every, done, steps)
         if evaluate or is_due(args.log_every, done, steps):
             loss = torch.stack(losses).mean().item()  # of rank 0
-            images_per_second = (
-                len(losses) * args.batch_size * args.refs / (time.monotonic() - started)
-            )
+            seconds = time.monotonic() - started
+            speed = len(losses) * args.batch_size * args.refs / seconds  # images per second
             memory = torch.cuda.max_memory_allocated() / 1e9  # 0 without a GPU
-            row = [done, done / steps_per_epoch, loss, grad_norm.item(), lr]
-            row += [images_per_second, memory]
+            row = [done, done / steps_per_epoch, loss, grad_norm.item(), lr, speed, memory]
             for part in (held_out, seen):
                 evaluated = evaluate and held_out.chains_per_epoch
                 how = (args.chains, args.t, micro_batch, amp, device)
@@ -413,9 +407,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
             log.append(",".join(f"{x:.7g}" for x in row).replace("nan", ""))
             text = "\n".join([COLUMNS, *log, ""])
             atomic_write(out / "log.csv", lambda f: f.write(text.encode()))
-            bar.set_postfix_str(
-                f"loss {loss:.4f}, {images_per_second:.0f} images/s, {memory:.1f} GB"
-            )
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {memory:.1f} GB")
             losses.clear()
         keep = is_due(args.keep_every, done, steps)
         # At least every 15 minutes, unless saving would take more than 5 % of the time.
@@ -528,7 +520,7 @@ def ema_loss(ema, images, chains, t_distribution, micro_batch, amp, device):
     micro_batch  chains at once: as many as in training
     """
     torch.manual_seed(0)
-    moments, labels = images[0]
+    moments, labels = map(torch.from_numpy, images[0])
     latents = images.cache.latents(moments, device, chains)
     t = draw_t(latents.shape[:2], t_distribution, device)
     noise = torch.randn_like(latents)

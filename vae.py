@@ -220,8 +220,7 @@ def load_vae(path, device="cpu", model=None):
         state = {k: v for k, v in state.items() if not k.startswith("loss.")}
         vae = AutoencoderKL(**arch_from_shapes(state))
         vae.load_state_dict(state, assign=True)
-    vae.scale = ckpt.get("scale", RELEASED_SCALE)
-    vae.scale_from = "its file" if "scale" in ckpt else "the release: its file has none"
+    vae.scale = ckpt.get("scale", RELEASED_SCALE)  # a file without it is the release's, or LDM's
     vae.image_size = ckpt.get("image_size", 256)
     vae.path = path
     vae.digest = sha256_prefix(path.read_bytes())
@@ -321,42 +320,59 @@ def walk(folder, left_out, parents=()):
     Links are followed. A file that cannot be read is an image: its reader names it.
     """
     parents = (*parents, os.path.realpath(folder))
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        suffix = os.path.splitext(name)[1].lower()
-        if name.startswith((".", "@", "__MACOSX")):
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if path.name.startswith((".", "@", "__MACOSX")):
             left_out["hidden or of a system, as @eaDir"] += 1
         elif os.path.realpath(path) in parents:
             left_out["links to a folder above"] += 1
-        elif os.path.isdir(path):
+        elif path.is_dir():
             yield from walk(path, left_out, parents)
         elif suffix not in SUFFIXES:
             left_out[f"not images by their suffix {suffix!r}"] += 1
-        elif os.path.exists(path) and not os.path.isfile(path):
+        elif path.exists() and not path.is_file():
             left_out["pipes or devices"] += 1
         else:
-            yield path
+            yield str(path)
 
 
-class ImageFolder(Dataset):
-    """Images of a folder of class folders, or (not labelled) at any depth below a folder.
+class Images(Dataset):
+    """Images of a folder or an .npz: item i is uint8 [H, W, 3].
 
-    The attributes are those of open_images.
+    path      folder of class folders (not labelled: of images, at any depth), or .npz of uint8
+              images and labels
+    size      pixels: crop every image to size x size; None: take them as they are, all of one size
+    labelled  to train on: an image that cannot be read is NaN, float32; else it is a UserError
+    It has labels, int64 [N]; classes, their names; names, CLASS/FILE or CLASS/NUMBER of each image;
+    shape, (H, W); files, what it is read from; path.
     """
 
-    def __init__(self, path, size, labelled, skip_bad):
-        self.path = path
+    def __init__(self, path, size=None, labelled=True):
+        self.path = Path(path)
         self.size = size
-        self.skip_bad = skip_bad
+        self.labelled = labelled
+        self.images = None  # of an .npz
+        if self.path.is_dir():
+            self.list_folder()
+        elif self.path.suffix == ".npz":
+            self.read_npz()
+        else:
+            raise UserError(f"{path}: no such folder or .npz of images")
+        self.shape = (size, size) if size else self.read(0).size[::-1]
+
+    def list_folder(self):
+        path = self.path
         folders = [path]
         left_out = Counter()
         parents = ()
-        if labelled:
-            entries = sorted(path.glob("[!.@]*"))
-            folders = [entry for entry in entries if entry.is_dir()]
-            beside = [e for e in entries if e.suffix.lower() in SUFFIXES and e not in folders]
-            left_out["images beside the class folders"] = len(beside)
+        if self.labelled:
+            folders = []
             parents = (os.path.realpath(path),)
+            for entry in sorted(path.glob("[!.@]*")):
+                if entry.is_dir():
+                    folders.append(entry)
+                elif entry.suffix.lower() in SUFFIXES:
+                    left_out["images beside the class folders"] += 1
         self.files = []
         self.labels = []
         for label, folder in enumerate(folders):
@@ -367,40 +383,15 @@ class ImageFolder(Dataset):
             self.labels += [label] * len(files)
         if not self.files:
             raise UserError(f"{path}: no class folders; expected {path}/<class>/<image>")
-        left_out = [f"{count} {reason}" for reason, count in left_out.items() if count]
+        left_out = [f"{count} {reason}" for reason, count in left_out.items()]
         if left_out:
             say(f"{path}: left out: {'; '.join(left_out)}")
         self.labels = np.array(self.labels)
         self.classes = [f.name.encode(errors="backslashreplace").decode() for f in folders]
         self.names = [os.path.relpath(file, path) for file in self.files]
-        self.shape = (size, size) if size else read_image(self.files[0]).size[::-1]
 
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        try:
-            image = read_image(self.files[i])
-        except (UserError, OSError):  # OSError: no permission, a link to nothing
-            if self.skip_bad:
-                return np.full((*self.shape, 3), np.nan, np.float32)
-            raise
-        if self.size:
-            return center_crop(image, self.size)
-        if image.size != self.shape[::-1]:
-            raise UserError(
-                f"{self.files[i]}: is {image.height} x {image.width} px, others are {self.shape}; "
-                "--image-size N crops all to N x N"
-            )
-        return np.array(image)
-
-
-class ImageArray(Dataset):
-    """Images of an .npz: uint8 [N, H, W, 3]. The attributes are those of open_images."""
-
-    def __init__(self, path, size, labelled):
-        self.path = path
-        self.size = size
+    def read_npz(self):
+        path = self.path
         self.files = [path]
         names = "images arr_0 labels arr_1 classes".split()
         with user_file(path, ".npz of images"), np.load(path) as data:
@@ -414,13 +405,12 @@ class ImageArray(Dataset):
                 f"{path}: has {has}; expected images (or arr_0), uint8 [N, H, W, 3], 0 to 255"
             )
         self.images = np.broadcast_to(images, (*images.shape[:3], 3))
-        self.shape = (size, size) if size else images.shape[1:3]
         labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0))).reshape(-1)
         one_each = labels.dtype.kind in "iu" and len(labels) == len(images)
         last = int(labels.max()) if one_each else -1
         classes = arrays.get("classes", np.arange(min(last + 1, 2**20))).reshape(-1)  # else ids
         labelled_well = one_each and 0 <= labels.min() <= last < len(classes)
-        if labelled and not labelled_well:
+        if self.labelled and not labelled_well:
             raise UserError(
                 f"{path}: has {has}; expected labels (or arr_1), an integer from 0 for each image, "
                 "and below len(classes)"
@@ -432,31 +422,29 @@ class ImageArray(Dataset):
         self.classes = classes.astype(str).tolist()
         self.names = [f"{self.classes[k]}/{i}" for i, k in enumerate(self.labels)]
 
+    def read(self, i):
+        if self.images is None:
+            return read_image(self.files[i])
+        return Image.fromarray(self.images[i])
+
     def __len__(self):
-        return len(self.images)
+        return len(self.labels)
 
     def __getitem__(self, i):
+        try:
+            image = self.read(i)
+        except (UserError, OSError):  # OSError: no permission, a link to nothing
+            if self.labelled:
+                return np.full((*self.shape, 3), np.nan, np.float32)
+            raise
         if self.size:
-            return center_crop(Image.fromarray(self.images[i]), self.size)
-        return np.array(self.images[i])
-
-
-def open_images(path, size=None, labelled=True, skip_bad=False):
-    """Dataset of a folder or an .npz: item i is uint8 [H, W, 3].
-
-    path      folder of class folders (not labelled: of images, at any depth), or .npz of uint8
-              images and labels
-    size      pixels: crop every image to size x size; None: take them as they are, all of one size
-    skip_bad  a damaged image is NaN, float32; otherwise it is a UserError
-    It has labels, int64 [N]; classes, their names; names, CLASS/FILE or CLASS/NUMBER of each image;
-    shape, (H, W); files, what it is read from; path.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return ImageFolder(path, size, labelled, skip_bad)
-    if path.suffix == ".npz":
-        return ImageArray(path, size, labelled)
-    raise UserError(f"{path}: no such folder or .npz of images")
+            return center_crop(image, self.size)
+        if image.size != self.shape[::-1]:
+            raise UserError(
+                f"{self.files[i]}: is {image.height} x {image.width} px, others are {self.shape}; "
+                "--image-size N crops all to N x N"
+            )
+        return np.array(image)
 
 
 def images_digest(images):
@@ -476,7 +464,7 @@ def open_images_and_vae(data, vae_path, device, size=None):
     size = size or vae.image_size
     if size % vae.factor:
         raise UserError(f"--image-size {size}: must be a multiple of {vae.factor} for {vae.path}")
-    return open_images(data, size, skip_bad=True), vae
+    return Images(data, size), vae
 
 
 # -------------------------------------------------------------------------------- the latent cache
@@ -488,6 +476,7 @@ def open_images_and_vae(data, vae_path, device, size=None):
 # DIR/vae.pt         the VAE
 # DIR/cache.json     as settings.json, `images` being a hash of the latents; written last
 PART = 1024
+HEADER = 128  # bytes of NumPy's header in a part
 
 
 @torch.inference_mode()
@@ -549,15 +538,14 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
     error = show_reconstructions(originals, vae, out / "reconstructions.png", device)
     labels = np.where(readable, images.labels, -1)
     atomic_write(out / "labels.npy", lambda f: np.save(f, labels))
-    vae_bytes = vae.path.read_bytes()
-    atomic_write(out / "vae.pt", lambda f: f.write(vae_bytes))
+    atomic_write(out / "vae.pt", lambda f: f.write(vae.path.read_bytes()))
     write_json(out / "names.json", images.names)
     write_json(complete, record)
     print(
         f"wrote {readable.sum():,} of {len(images):,} images to {out}; "
         f"classes: {shorten(images.classes)}"
     )
-    print(f"scale of the latents {vae.scale:.4f}, from {vae.scale_from}")
+    print(f"scale of the latents {vae.scale:.4f} ({RELEASED_SCALE} if the VAE's file has none)")
     if side % 8 and side not in (2, 4, 6):
         rule = "an even side up to 16 (XS: 8), above it a multiple of 8 (XS: of 4)"
         print(f"latents of {side} x {side}: MRAR needs {rule}")
@@ -617,44 +605,23 @@ class LatentCache:
             if num_images != len(self.labels):
                 raise ValueError(f"{len(self.labels)} labels, {num_images} images")
             self.parts = part_paths(self.path, -(-num_images // PART))
-            for part in self.parts:
-                part.stat()
-        self.files = {}  # number of a part -> (open file, position of its first row)
-
-    def __getstate__(self):  # workers that are not forked open their own files
-        return {**vars(self), "files": {}}
+            for i, part in enumerate(self.parts):
+                rows = min(PART, num_images - i * PART)
+                if part.stat().st_size != HEADER + 4 * rows * math.prod(self.row_shape):
+                    raise ValueError(f"{part} has another size")
 
     def names(self):
         """CLASS/FILE of each image; of an .npz CLASS/NUMBER."""
-        path = self.path / "names.json"
-        if not path.exists():  # an older cache of an .npz
-            return [f"{self.classes[k]}/{i}" for i, k in enumerate(self.labels)]
-        return json.loads(path.read_text())
-
-    def open_part(self, number, row_bytes):
-        """(open file, position of its first row) of a part."""
-        if number not in self.files:
-            if len(self.files) == 200:  # some systems allow a process 256
-                self.files.clear()
-            file = open(self.parts[number], "rb", buffering=0)
-            rows = min(PART, len(self.labels) - number * PART)
-            start = os.fstat(file.fileno()).st_size - 2 * rows * row_bytes  # after NumPy's header
-            if not 0 < start < 4096:
-                name = file.name
-                raise UserError(f"{self.path}: not a usable latent cache, {name} has another size")
-            self.files[number] = file, start
-        return self.files[number]
+        return json.loads((self.path / "names.json").read_text())
 
     def moments(self, indices, flips):
         """float16 [..., 2 z, h, w] of the images `indices` [...]; flips [...]: 1 = mirrored."""
-        size = 2 * math.prod(self.row_shape)
+        count = math.prod(self.row_shape)  # numbers of 2 bytes
         rows = []
         for i, flip in zip(indices.flat, flips.flat):
-            file, start = self.open_part(i // PART, size)
-            rows.append(os.pread(file.fileno(), size, start + (2 * (i % PART) + flip) * size))
-        return np.frombuffer(bytearray().join(rows), np.float16).reshape(
-            *indices.shape, *self.row_shape
-        )
+            start = HEADER + 2 * count * (2 * (i % PART) + flip)
+            rows.append(np.fromfile(self.parts[i // PART], np.float16, count, offset=start))
+        return np.stack(rows).reshape(*indices.shape, *self.row_shape)
 
     def latents(self, moments, device, chains):
         """Latents [B, refs, C, H, W] on the device, drawn from a batch of moments; chains: the

@@ -21,7 +21,7 @@ from typing import List
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import UserError, atomic_write, bounded, make_parser, pick_device, run_main  # noqa: E402
-from vae import DEMO_DATA, open_images  # noqa: E402
+from vae import DEMO_DATA, Images  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -72,7 +72,7 @@ class Classifier(nn.Module):
 
 def read(path):
     """(images uint8 [N, 3, 32, 32], labels [N], class names) of all images that can be read."""
-    data = open_images(path, 32, skip_bad=True)
+    data = Images(path, 32)
     loader = DataLoader(data, batch_size=256, collate_fn=np.stack)
     batches = tqdm(loader, unit="batch", desc=f"reading {path}")
     images = torch.cat([torch.from_numpy(batch) for batch in batches])

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import UserError, atomic_write, bounded, derive_seed, load_file, lock  # noqa: E402
 from model import make_parser, pick_device, run_main  # noqa: E402
 from vae import DEMO_DATA, AutoencoderKL, from_uint8, images_digest, load_vae  # noqa: E402
-from vae import open_images, sample_posterior, show_reconstructions  # noqa: E402
+from vae import Images, sample_posterior, show_reconstructions  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -169,7 +169,7 @@ def main():
         raise UserError(f"--out {out}: is the name of the picture; end the VAE's in .pt")
     device = pick_device(args.device)
     vae = build(args, device)
-    images = open_images(args.data, vae.image_size, skip_bad=True)
+    images = Images(args.data, vae.image_size)
 
     partial = Path(f"{out}.partial")
     train(vae, images, args, partial, device)

@@ -171,17 +171,17 @@ def test_a_batch_split_in_two_has_the_gradient_of_the_whole(refs):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_the_loss_of_each_draw_is_the_velocitys_error_for_it():
+def test_the_loss_is_the_mean_error_of_the_velocity_of_each_image():
     model = build(SMALL)
     latents, labels = random_chains(SMALL)
     t, noise = random_draws(SMALL)
-    losses = model.loss(latents, labels, t, noise, reduce=False)
     x_t = add_noise(latents, noise, t)
+    errors = []
     for k in range(4):
         c = model.encode(labels, latents[:, :k])
         v = model.velocity(x_t[:, k], t[:, k], c)
-        expected = (v - (noise - latents)[:, k]).square().mean((1, 2, 3))
-        torch.testing.assert_close(losses[:, k], expected)
+        errors.append((v - (noise - latents)[:, k]).square().mean())
+    torch.testing.assert_close(model.loss(latents, labels, t, noise), torch.stack(errors).mean())
 
 
 @pytest.mark.parametrize("refs", [1, 4])
@@ -672,7 +672,6 @@ def test_a_checkpoint_has_the_number_of_images_of_each_class(tmp_path):
     ]
     assert counts() == [1, 1, 1, 1, 1]
     assert counts(counts=[7, 0, 2, 3, 1]) == [7, 0, 2, 3, 1]
-    assert counts(empty=[1, 4]) == [1, 0, 1, 1, 0]
 
 
 def test_a_checkpoint_carries_its_sampling_settings(tmp_path):

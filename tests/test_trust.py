@@ -24,8 +24,8 @@ from test_vae import files_of, refused, run, save_small_vae  # noqa: F401
 
 import train
 from model import SIZES, TransDiff, UserError, atomic_write, load_checkpoint, load_file, lock
-from vae import PART, ImageArray, LatentCache, center_crop, encode_images
-from vae import from_uint8, load_vae, open_images, read_image
+from vae import PART, Images, LatentCache, center_crop, encode_images
+from vae import from_uint8, load_vae, read_image
 
 DEMO = ROOT / "demo"
 
@@ -39,7 +39,7 @@ def encoded(tmp_path_factory):
     np.savez(folder / "source.npz", images=images, labels=np.arange(40) % 4, classes=names)
     save_small_vae(folder / "vae.pt")
     vae = load_vae(folder / "vae.pt")
-    encode_images(open_images(folder / "source.npz", 32), vae, folder / "cache")
+    encode_images(Images(folder / "source.npz", 32), vae, folder / "cache")
     config = dataclasses.replace(SIZES["XS"], num_classes=4)
     info = dict(config=dataclasses.asdict(config), step=1, classes=names, vae_digest=vae.digest)
     (folder / "run").mkdir()
@@ -100,7 +100,7 @@ def test_unusual_images_are_encoded_and_broken_ones_are_named(tmp_path, run):
     assert "warning: images will be blurred" in out  # the VAE is not trained
     assert Image.open("cache/reconstructions.png").width > 500
 
-    cache, images = LatentCache("cache"), open_images("photos", 32)
+    cache, images = LatentCache("cache"), Images("photos", 32)
     readable = np.flatnonzero(cache.labels >= 0)
     assert cache.classes == ["\x1b[31mbad\n", "good \\udcff\\udcfe"]
     assert cache.labels[readable].tolist() == [0] + [1] * 5
@@ -261,7 +261,7 @@ def test_a_file_system_without_locks_can_be_written_to(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("line,dataset", [
     ("train.py --data cache --steps 9 --batch-size 4 --workers 1", train.Chains),
-    ("vae.py encode --data source.npz --vae vae.pt --out new --workers 1", ImageArray),
+    ("vae.py encode --data source.npz --vae vae.pt --out new --workers 1", Images),
 ])  # fmt: skip
 def test_a_reader_that_is_killed_is_one_line(line, dataset, small, run, monkeypatch):
     kill = lambda self, i: os.kill(os.getpid(), signal.SIGKILL)
@@ -382,10 +382,10 @@ def test_corrupted_files_are_refused_or_read_correctly(small, rounds):
 
     read_all = lambda images: [images[i] for i in range(len(images))]
     path = small / "source.npz"
-    fuzz(path, lambda path: read_all(open_images(path, labelled=False)), rounds)
+    fuzz(path, lambda path: read_all(Images(path, labelled=False)), rounds)
     for save in (np.savez, np.savez_compressed):
         save(path, **np.load(path))
-        fuzz(path, lambda path: read_all(open_images(path, 32)), rounds)
+        fuzz(path, lambda path: read_all(Images(path, 32)), rounds)
     assert sorted(small.rglob("*")) == before, "a file was written"
 
 

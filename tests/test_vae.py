@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from model import UserError
 from vae import DEMO_DATA, DEMO_VAE, AutoencoderKL, LatentCache, center_crop
-from vae import encode_images, from_uint8, images_digest, latents_to_images, load_vae, open_images
+from vae import Images, encode_images, from_uint8, images_digest, latents_to_images, load_vae
 from vae import open_images_and_vae, read_image, sample_posterior, to_uint8
 
 SMALL = dict(channels=32, multipliers=(1, 1, 2), blocks=1, z_channels=8)  # of 32 px, as the demo's
@@ -128,7 +128,7 @@ def test_formats_are_read_as_they_were_saved(tmp_path, suffix):
     (tmp_path / "c").mkdir()
     options = dict(lossless=True) if suffix == "webp" else dict(quality=95)
     Image.fromarray(gradient(32, 32)).save(tmp_path / "c" / f"a.{suffix}", **options)
-    assert mean_error(open_images(tmp_path, 32)[0], gradient(32, 32)) < 3
+    assert mean_error(Images(tmp_path, 32)[0], gradient(32, 32)) < 3
 
 
 def test_of_an_animation_the_first_frame_is_read(tmp_path):
@@ -244,15 +244,15 @@ def test_crop_halves_by_box_filter_as_adm_does():
 # ------------------------------------------------------------------------------------ folders
 def test_a_folder_is_a_tree_of_classes(tmp_path):
     save_images(tmp_path, ["b/1.png", "b/deep/0.png", "a/x.png", "b/.hidden.png", ".git/x.png"])
-    images = open_images(tmp_path, 32)
+    images = Images(tmp_path, 32)
     assert images.classes == ["a", "b"] and images.labels.tolist() == [0, 1, 1]
     assert images.names == ["a/x.png", "b/1.png", "b/deep/0.png"]
     assert images[0].shape == (32, 32, 3)  # a small image is enlarged
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no images in this folder"):
-        open_images(tmp_path, 32)
+        Images(tmp_path, 32)
     with pytest.raises(UserError, match="empty: no class folders; expected .*empty/<class>"):
-        open_images(tmp_path / "empty", 32)
+        Images(tmp_path / "empty", 32)
 
 
 def test_links_are_followed_at_any_depth_and_loops_are_not(tmp_path):
@@ -272,18 +272,18 @@ def test_links_are_followed_at_any_depth_and_loops_are_not(tmp_path):
         ("itself", root / "itself"),
     ):
         (root / name).symlink_to(target)
-    images = open_images(root, 8)
+    images = Images(root, 8)
     expected = ["a/0.png", "a/gone.png", "a/itself.png", "a/one.png", "b/deep/1.png"]
     expected += ["b/deep/link/3.png", "b/deep/link/back/2.png", "b/deep/link/back/4.png"]
     expected += ["c/2.png", "c/4.png", "c/deeper/3.png"]
     assert sorted(images.names) == expected and images.classes == ["a", "b", "c"]
-    assert open_images(root, 8, labelled=False).files == images.files
+    assert Images(root, 8, labelled=False).files == images.files
 
 
 def test_the_digest_changes_with_the_images(tmp_path):
     """By it train.py knows whether the latents that it has are those of the images."""
     names, folder, npz = ["a/0.png", "a/1.png", "b/0.png"], tmp_path / "t", tmp_path / "s.npz"
-    digest = lambda path, **options: images_digest(open_images(path, 8, **options))
+    digest = lambda path, **options: images_digest(Images(path, 8, **options))
     save_images(folder, names)
     seen = [digest(folder), digest(folder, labelled=False)]
     assert digest(folder) == seen[0]
@@ -303,10 +303,10 @@ def test_npz_images_follow_the_rule_of_image_files(tmp_path, shape):
     array = noise(5, *shape)
     np.savez(tmp_path / "s.npz", images=array, labels=np.arange(5) % 2)
     rgb = np.broadcast_to(array.reshape(5, *shape[:2], -1), (5, *shape[:2], 3))
-    images = open_images(tmp_path / "s.npz", 32)
+    images = Images(tmp_path / "s.npz", 32)
     for i in range(5):
         assert np.array_equal(images[i], center_crop(Image.fromarray(rgb[i].copy()), 32))
-    images = open_images(tmp_path / "s.npz")  # as they are
+    images = Images(tmp_path / "s.npz")  # as they are
     assert images.shape == shape[:2] and np.array_equal(images[4], rgb[4])
 
 
@@ -319,7 +319,7 @@ LABELS = np.arange(6) % 3
 @pytest.mark.parametrize("pixels", [PIXELS, 0 * PIXELS], ids=["noise", "black"])
 def test_integer_labels_of_any_form_are_read(tmp_path, names, labels, pixels):
     np.savez(tmp_path / "s.npz", **dict(zip(names, (pixels, labels))))
-    images = open_images(tmp_path / "s.npz", 8)
+    images = Images(tmp_path / "s.npz", 8)
     assert images.labels.tolist() == [0, 1, 2, 0, 1, 2] and images.labels.dtype == np.int64
     assert images.classes == ["0", "1", "2"] and np.array_equal(images[5], pixels[5])
 
@@ -327,7 +327,7 @@ def test_integer_labels_of_any_form_are_read(tmp_path, names, labels, pixels):
 def test_labels_of_a_byte_may_be_255(tmp_path):
     labels = np.array([255] * 6, np.uint8)
     np.savez(tmp_path / "s.npz", images=PIXELS, labels=labels)
-    images = open_images(tmp_path / "s.npz", 8)
+    images = Images(tmp_path / "s.npz", 8)
     assert images.labels.tolist() == [255] * 6 and len(images.classes) == 256
 
 
@@ -342,10 +342,10 @@ def test_labels_of_a_byte_may_be_255(tmp_path):
 ])  # fmt: skip
 def test_other_labels_are_refused_where_they_are_needed_and_only_there(tmp_path, arrays):
     np.savez(tmp_path / "s.npz", images=PIXELS, **arrays)
-    images = open_images(tmp_path / "s.npz", 8, labelled=False)
+    images = Images(tmp_path / "s.npz", 8, labelled=False)
     assert len(images) == 6 and np.array_equal(images[5], PIXELS[5])
     with pytest.raises(UserError, match="s.npz: has images uint8 .*expected labels .or arr_1"):
-        open_images(tmp_path / "s.npz", 8)
+        Images(tmp_path / "s.npz", 8)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -361,7 +361,7 @@ def test_other_images_are_refused_by_what_the_file_has(tmp_path, arrays, has, la
     np.savez(tmp_path / "s.npz", **arrays)
     message = f"s.npz: has {has}; expected images (or arr_0), uint8 [N, H, W, 3], 0 to 255"
     with pytest.raises(UserError, match=re.escape(message)):
-        open_images(tmp_path / "s.npz", 8, labelled)
+        Images(tmp_path / "s.npz", 8, labelled)
 
 
 def test_bytes_to_floats_and_back_is_exact():
@@ -420,7 +420,7 @@ def test_files_of_other_weights_are_not_a_vae(tmp_path, ckpt, message):
 @pytest.mark.weights
 def test_the_vae_runs_in_float32_under_autocast():
     vae = load_vae(DEMO_VAE)
-    x = from_uint8(open_images(DEMO_DATA, 32).images[:4].copy())
+    x = from_uint8(Images(DEMO_DATA, 32).images[:4].copy())
     mean, logvar = vae.encode(x)
     images = latents_to_images(vae, mean * vae.scale)
     with torch.autocast("cpu", torch.bfloat16):
@@ -435,7 +435,7 @@ def test_the_vae_runs_in_float32_under_autocast():
 def test_the_cache_holds_the_moments_of_the_crop_and_of_its_mirror_image(tmp_path, garments):
     np.savez(tmp_path / "s.npz", images=garments[0], labels=garments[1])
     save_small_vae(tmp_path / "vae.pt")
-    images, vae = open_images(tmp_path / "s.npz", 32), load_vae(tmp_path / "vae.pt")
+    images, vae = Images(tmp_path / "s.npz", 32), load_vae(tmp_path / "vae.pt")
     vae.scale = 0.5
     encode_images(images, vae, tmp_path / "cache")
 
@@ -500,7 +500,7 @@ def files_of(cache):
 
 
 def test_an_unreadable_image_keeps_its_row_with_label_minus_1(photos, whole, many):
-    cache, images = LatentCache(many / "whole"), open_images("photos", 4)
+    cache, images = LatentCache(many / "whole"), Images("photos", 4)
     names = json.loads(whole["names.json"])
     left_out = [names[i] for i in np.flatnonzero(cache.labels < 0)]
     assert left_out == ["class 0/0003.png", "class 1/1024.png", "class 2/2057.png"]
