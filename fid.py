@@ -230,14 +230,13 @@ def main():
     if labels and ref_labels:
         ours = Counter(labels)
         theirs = Counter(ref_labels)
-        # {class: its part of the samples, of the reference}
-        shares = {k: (ours[k] / len(labels), theirs[k] / len(ref_labels)) for k in ours | theirs}
-        off = {k: abs(a - b) + (a * b == 0) for k, (a, b) in shares.items()}  # absent: over 1
-        if sum(off.values()) > 0.1:
-            k = max(off, key=off.get)
+        off = {k: ours[k] / len(labels) - theirs[k] / len(ref_labels) for k in ours | theirs}
+        if sum(map(abs, off.values())) > 0.1:
+            k = max(off, key=lambda k: abs(off[k]))
             print(
                 f"warning: the sets differ in their classes, which counts as distance: {k} is "
-                f"{shares[k][0]:.1%} of the samples, {shares[k][1]:.1%} of the reference",
+                f"{ours[k] / len(labels):.1%} of the samples, "
+                f"{theirs[k] / len(ref_labels):.1%} of the reference",
                 file=sys.stderr,
             )
 

@@ -351,12 +351,11 @@ def train(args, last=None, init=None, model_class=TransDiff):
         )
     forward = parallelize(model, args.compile)
     evaluate_every = args.sample_every or max(1, min(10_000, steps // 10))
-    bar = tqdm(total=steps, initial=first_step, unit="step", disable=RANK > 0)
+    bar = tqdm(batches, total=steps, initial=first_step, unit="step", disable=RANK > 0)
     losses = []  # since the last row of the log
     started = saved = time.monotonic()
-    save_seconds = 0.0  # that the last checkpoint took
 
-    for step, (moments, labels) in enumerate(batches, first_step):
+    for step, (moments, labels) in enumerate(bar, first_step):
         # Of the posterior, dropped labels, t, noise, dropout. A run resumed with as many processes
         # and micro-batches draws the same.
         torch.manual_seed(derive_seed(args.seed, step, RANK))
@@ -391,7 +390,6 @@ def train(args, last=None, init=None, model_class=TransDiff):
 
         # -------- log, save, draw: rank 0
         done = step + 1
-        bar.update()
         losses.append(mean_loss)
         evaluate = is_due(evaluate_every, done, steps)
         if evaluate or is_due(args.log_every, done, steps):
@@ -410,21 +408,17 @@ def train(args, last=None, init=None, model_class=TransDiff):
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, {memory:.1f} GB")
             losses.clear()
         keep = is_due(args.keep_every, done, steps)
-        # At least every 15 minutes, unless saving would take more than 5 % of the time.
-        late = time.monotonic() - saved > max(15 * 60, 20 * save_seconds)
+        late = time.monotonic() - saved > 15 * 60
         if late or keep or is_due(args.save_every, done, steps):
-            save_start = time.monotonic()
             save(out, dict(info, step=done), model, ema, optimizer, log)
             if keep:
                 shutil.copy(out / "ema.pt", out / f"ema-{done:07d}.pt")
-            save_seconds = time.monotonic() - save_start
             saved = time.monotonic()
         if evaluate and args.sample_every != 0:
             draw_samples(ema, out, done, counts, cache.classes, args.seed, amp, device)
         if not losses:  # a row was written: saving and drawing since do not count
             started = time.monotonic()
 
-    bar.close()
     say(f"complete at step {steps}; to draw: python sample.py --ckpt {out}")
     if WORLD > 1:  # leave together: rank 0 may still be writing
         dist.barrier()

@@ -456,7 +456,7 @@ def images_digest(images):
 
 def open_images_and_vae(data, vae_path, device, size=None):
     """(images, VAE) of --data and --vae; other images than the bundled ones need their own VAE."""
-    if not vae_path and Path(data).resolve() != DEMO_DATA.resolve():
+    if not vae_path and not DEMO_DATA.samefile(data):
         raise UserError(
             f"--vae: name the VAE for {data}: kl16, or one that demo/train_vae.py has made"
         )

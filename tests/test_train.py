@@ -723,10 +723,7 @@ def test_other_changes_of_a_resumed_run_are_answered_by_one_line_each(project, t
     assert answers("--epochs 1") == {"runs/train: epochs was None, now 1"}
 
 
-@pytest.mark.parametrize("seconds,saved", [(0, [2, 4, 6, 7]), (100, [2, 6, 7])])
-def test_a_checkpoint_is_due_after_15_minutes_and_20_times_what_the_last_took(
-    seconds, saved, project, tiny, monkeypatch
-):
+def test_a_checkpoint_is_due_after_15_minutes(project, tiny, monkeypatch):
     """A step takes 10 minutes."""
     clock = SimpleNamespace(now=0, monotonic=lambda: clock.now)
     steps = []
@@ -736,14 +733,13 @@ def test_a_checkpoint_is_due_after_15_minutes_and_20_times_what_the_last_took(
         return net.loss(*args, **kwargs)
 
     def save(out, info, *others):
-        clock.now += seconds
         steps.append(info["step"])
 
     monkeypatch.setattr(train, "time", clock)
     monkeypatch.setattr(train, "save", save)
     monkeypatch.setattr(TransDiff, "forward", forward)
     run_in_process(f"train.py {SHORT} --steps 7 --save-every 50")
-    assert steps == saved
+    assert steps == [2, 4, 6, 7]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(project, tiny, run):
