@@ -265,7 +265,7 @@ def draw_images(name, seed, draw, labels):
     """{k: images k of the chains, uint8 [N, H, W, 3]} that draw(labels, noise_sampler) returns."""
     vae = load_vae(DEMO_VAE, args.device)
     images = {}
-    for part in tqdm(torch.arange(len(labels)).split(64), unit="batch", desc=name):
+    for part in tqdm(torch.arange(len(labels)).split(16), unit="batch", desc=name):
         randn = per_image_noise(seed, part.tolist())
         with torch.inference_mode(), autocast(args.device, args.dtype):
             chain = draw(labels[part].to(args.device), randn)
