@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -560,17 +561,14 @@ def training_parser(doc, out):
     add = parser.add_argument
     length = parser.add_mutually_exclusive_group()
 
-    def number(name, kind, text, default="by the recipe", add=add):
-        add(name, type=kind, help=f"{text} (default: {default})")
+    def number(name, kind, text, add=add):
+        add(name, type=kind, help=f"{text} (default: %(default)s)")
 
     count = bounded(int, 1)
     fraction = bounded(float, 0, 1)
     # What to train, on what, from where.
-    add("--size", choices=SIZES, help="of the model (default: XS for latents of 8 x 8, else S)")
-    add(
-        "--data",
-        help="latent cache, or images to encode first (default: latents; XS: the bundled images)",
-    )
+    add("--size", choices=SIZES, help="of the model (default: %(default)s)")
+    add("--data", help="latent cache, or images to encode first (default: %(default)s)")
     add(
         "--vae",
         help="VAE that encodes images; kl16: the released (default: the bundled, for its images)",
@@ -586,13 +584,12 @@ def training_parser(doc, out):
         fraction,
         "part of the images to keep out, 0 to 1; log.csv has the EMA weights' loss of them and of "
         "as many trained on: only the distance of the two and their trend tell something",
-        0,
     )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add("--resume", action="store_true", help="continue from OUT/last.pt with the flags of its run")
     # The recipe.
-    number("--steps", count, "length of the run in optimiser steps", add=length.add_argument)
-    number("--epochs", count, "or in passes over the images", add=length.add_argument)
+    number("--steps", count, "length of the run in optimiser steps", length.add_argument)
+    number("--epochs", count, "length of the run in passes over the images", length.add_argument)
     number("--batch-size", count, "chains (1-step: images) per step, over all processes")
     number("--batch-mul", count, "draws of (t, noise) per image")
     number("--lr", bounded(float, 0), "peak learning rate; scale it with the batch size")
@@ -604,15 +601,15 @@ def training_parser(doc, out):
         choices=["logit-normal", "uniform"],
         help="distribution of t: the release's (default), or Eq. 5's",
     )
-    number("--seed", bounded(int, 0), "of weights, data order and every draw", 0)
+    number("--seed", bounded(int, 0), "of weights, data order and every draw")
     # What is written, and when.
-    number("--log-every", count, "steps between rows of log.csv", 50)
+    number("--log-every", count, "steps between rows of log.csv")
     number(
         "--save-every",
         count,
         "steps between checkpoints; one is also written 15 minutes after the last",
     )
-    number("--keep-every", count, "steps between checkpoints to keep as OUT/ema-STEP.pt", "none")
+    number("--keep-every", count, "steps between checkpoints to keep as OUT/ema-STEP.pt")
     add(
         "--sample-every",
         type=bounded(int, 0),
@@ -620,13 +617,10 @@ def training_parser(doc, out):
         "run, at most 10,000)",
     )
     # The machine.
-    number("--accumulate", count, "micro-batches per step on each process", "as memory needs")
-    number("--workers", bounded(int, 0), "processes that read data", "4, 0 without a GPU")
-    add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: bf16 where it is fast)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="(default: on a GPU)")
-    parser.epilog = "recipes (few: below 200,000 images, lr of S; later: MRAR, or from --init):"
-    for name, flags in RECIPES.items():
-        parser.epilog += f"\n  {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in flags.items())
+    number("--accumulate", count, "micro-batches per step on each process; None: by a GPU's memory")
+    number("--workers", bounded(int, 0), "processes that read data")
+    add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: %(default)s)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile")
     return parser
 
 
@@ -659,8 +653,10 @@ def parse(parser):
     Precedence of a flag: typed; the resumed run; --init (size, data, holdout, mirror); the recipe.
     --data becomes a latent cache: images are encoded first.
     """
-    # First pass: the flags that decide the defaults of the others.
-    first = parser.parse_args()
+    # First pass: the flags that decide the defaults of the others. Without -h: the second shows
+    # them.
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    first = parser.parse_args(words)
     stage = "only decoder" if first.only_decoder else "MRAR" if first.refs > 1 else "1-step"
     device = pick_device(first.device)
     on_gpu = device.type == "cuda"
@@ -678,12 +674,7 @@ def parse(parser):
         raise UserError("--only-decoder: give --init, a trained model; its AR Transformer is kept")
     elif first.chains == "scales" and first.refs != 4:
         raise UserError(f"--chains scales: has 4 images, not --refs {first.refs}")
-    if first.init and not last:
-        if first.init not in RELEASED and not os.path.exists(first.init):
-            raise UserError(
-                f"--init {first.init}: not there; run train.py first, name a model, or one of "
-                f"{shorten(list(RELEASED))}"
-            )
+    if first.init and not last and (first.init in RELEASED or os.path.exists(first.init)):
         init = read_checkpoint(checkpoint_path(first.init, "last.pt"))
         sizes = {config.width: name for name, config in SIZES.items()}
         known = {"size": sizes.get(init.config.width, "own")}
@@ -702,13 +693,20 @@ def parse(parser):
         t="logit-normal",
     )
     data = first.data or known.get("data") or defaults["data"]
-    workers = defaults["workers"] if first.workers is None else first.workers
-    data = encode_once(data, first.vae, init, last_path.parent.parent, workers, device)
-    cache = LatentCache(data)
-    num_images = len(cache.labels)
+    num_images, side = (10**6 if first.size in ("B", "L", "H") else 0), 8
+    if len(words) == len(sys.argv) - 1 or Path(data, "cache.json").exists():  # else --help alone
+        if first.init and not init and not last:
+            raise UserError(
+                f"--init {first.init}: not there; run train.py first, name a model, or one of "
+                f"{shorten(list(RELEASED))}"
+            )
+        workers = defaults["workers"] if first.workers is None else first.workers
+        data = encode_once(data, first.vae, init, last_path.parent.parent, workers, device)
+        cache = LatentCache(data)
+        num_images, side = len(cache.labels), cache.latent_shape[-1]
 
     # The recipe.
-    size = first.size or known.get("size") or ("XS" if cache.latent_shape[-1] <= 8 else "S")
+    size = first.size or known.get("size") or ("XS" if side <= 8 else "S")
     width = init.config.width if init else SIZES.get(size, SIZES["S"]).width
     if init and first.size and SIZES[size].width != width:
         raise UserError(f"--size {size}: the model of --init has width {width}; leave out --size")
