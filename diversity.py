@@ -10,6 +10,9 @@ output before the second position embedding, for MRAR those of the whole chain. 
 are a function of the class alone: no seed changes them.
 """
 
+import csv
+import sys
+
 # model comes before torch: it sets how OpenMP's threads wait.
 from model import DEMO_MODEL, bounded, load_checkpoint, make_parser, per_image_noise, pick_device
 from model import run_main
@@ -70,12 +73,13 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
 
-    print("step,checkpoint,similarity,centred,released")
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["step", "checkpoint", "similarity", "centred", "released"])
     for ckpt in tqdm(args.ckpt, unit="checkpoint"):
         model = load_checkpoint(ckpt, device)
         measures = measure(model, args.seeds if model.config.refs > 1 else 1, device)
         step = model.info.get("step", 0)
-        print(step, ckpt, *(f"{value:.4f}" for value in measures), sep=",")
+        table.writerow([step, ckpt, *(f"{value:.4f}" for value in measures)])
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu     [D], float64
     sigma  [D, D], symmetric, float64
 
-    The trace of the root is the sum of the roots of the eigenvalues of S1 S2. Unlike a matrix
-    square root these are sound for singular covariances too (fewer images than features).
+    The trace of the root is the sum of the roots of the eigenvalues of S1 S2: to six digits or more
+    for singular covariances too (fewer images than features), unlike a matrix square root.
     """
     cross = torch.linalg.eigvals(sigma1 @ sigma2).sqrt().real.sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
@@ -230,13 +230,14 @@ def main():
     if labels and ref_labels:
         ours = Counter(labels)
         theirs = Counter(ref_labels)
-        off = {k: ours[k] / len(labels) - theirs[k] / len(ref_labels) for k in ours | theirs}
-        if sum(map(abs, off.values())) > 0.1:
-            k = max(off, key=lambda k: abs(off[k]))
+        # {class: its part of the samples, of the reference}
+        shares = {k: (ours[k] / len(labels), theirs[k] / len(ref_labels)) for k in ours | theirs}
+        off = {k: abs(a - b) + (a * b == 0) for k, (a, b) in shares.items()}  # absent: over 1
+        if sum(off.values()) > 0.1:
+            k = max(off, key=off.get)
             print(
                 f"warning: the sets differ in their classes, which counts as distance: {k} is "
-                f"{ours[k] / len(labels):.1%} of the samples, "
-                f"{theirs[k] / len(ref_labels):.1%} of the reference",
+                f"{shares[k][0]:.1%} of the samples, {shares[k][1]:.1%} of the reference",
                 file=sys.stderr,
             )
 

@@ -567,9 +567,10 @@ class TransDiff(nn.Module):
         noise=None,
         batch_mul=1,
         t_distribution="logit-normal",
+        reduce=True,
     ):
         """Rectified-flow loss (Eq. 8): mean over the images of the chains and `batch_mul` draws of
-        (t, noise) for each.
+        (t, noise) for each; without `reduce` that of each draw, [B, M].
 
         latents  [B, refs, C, H, W]: chains of real images of one class, scaled to unit variance
         labels   int64 [B]; in training some become the null class, for guidance
@@ -588,7 +589,8 @@ class TransDiff(nn.Module):
         if self.config.refs > 1:
             _, cross_mask = attention_masks(self.config, x.device)  # image k: c_0 ... c_k
         v = self.decoder(x_t, t, keys_values, cross_mask)
-        return (v.float() - (eps - x)).square().mean()  # Eq. 5, 8; per number of the image
+        error = (v.float() - (eps - x)).square()  # Eq. 5, 8
+        return error.mean() if reduce else error.mean((2, 3, 4))  # per number of the image
 
     # DistributedDataParallel wraps forward. A subclass with its own loss repeats this line.
     forward = loss

@@ -314,8 +314,8 @@ def train(args, last=None, init=None, model_class=TransDiff):
     )
     if RANK == 0:
         lock_file = lock(out)  # noqa: F841 - until this function returns
-        vae_file = cache.path / "vae.pt"  # beside ema.pt, for sample.py
-        atomic_write(out / "vae.pt", lambda f: f.write(vae_file.read_bytes()))
+        vae_bytes = (cache.path / "vae.pt").read_bytes()  # beside ema.pt, for sample.py
+        atomic_write(out / "vae.pt", lambda f: f.write(vae_bytes))
 
     say(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {device.type}")
     say(

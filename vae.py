@@ -320,20 +320,21 @@ def walk(folder, left_out, parents=()):
     Links are followed. A file that cannot be read is an image: its reader names it.
     """
     parents = (*parents, os.path.realpath(folder))
-    for path in sorted(folder.iterdir()):
-        suffix = path.suffix.lower()
-        if path.name.startswith((".", "@", "__MACOSX")):
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        suffix = os.path.splitext(name)[1].lower()
+        if name.startswith((".", "@", "__MACOSX")):
             left_out["hidden or of a system, as @eaDir"] += 1
         elif os.path.realpath(path) in parents:
             left_out["links to a folder above"] += 1
-        elif path.is_dir():
+        elif os.path.isdir(path):
             yield from walk(path, left_out, parents)
         elif suffix not in SUFFIXES:
             left_out[f"not images by their suffix {suffix!r}"] += 1
-        elif path.exists() and not path.is_file():
+        elif os.path.exists(path) and not os.path.isfile(path):
             left_out["pipes or devices"] += 1
         else:
-            yield str(path)
+            yield path
 
 
 class Images(Dataset):
@@ -342,7 +343,7 @@ class Images(Dataset):
     path      folder of class folders (not labelled: of images, at any depth), or .npz of uint8
               images and labels
     size      pixels: crop every image to size x size; None: take them as they are, all of one size
-    labelled  to train on: an image that cannot be read is NaN, float32; else it is a UserError
+    labelled  to train on them: an image that cannot be read is NaN, float32; else it is an error
     It has labels, int64 [N]; classes, their names; names, CLASS/FILE or CLASS/NUMBER of each image;
     shape, (H, W); files, what it is read from; path.
     """
@@ -456,7 +457,7 @@ def images_digest(images):
 
 def open_images_and_vae(data, vae_path, device, size=None):
     """(images, VAE) of --data and --vae; other images than the bundled ones need their own VAE."""
-    if not vae_path and not DEMO_DATA.samefile(data):
+    if not vae_path and Path(data).resolve() != DEMO_DATA.resolve():
         raise UserError(
             f"--vae: name the VAE for {data}: kl16, or one that demo/train_vae.py has made"
         )
@@ -538,14 +539,15 @@ def encode_images(images, vae, out, workers=0, device="cpu"):
     error = show_reconstructions(originals, vae, out / "reconstructions.png", device)
     labels = np.where(readable, images.labels, -1)
     atomic_write(out / "labels.npy", lambda f: np.save(f, labels))
-    atomic_write(out / "vae.pt", lambda f: f.write(vae.path.read_bytes()))
+    vae_bytes = vae.path.read_bytes()
+    atomic_write(out / "vae.pt", lambda f: f.write(vae_bytes))
     write_json(out / "names.json", images.names)
     write_json(complete, record)
     print(
         f"wrote {readable.sum():,} of {len(images):,} images to {out}; "
         f"classes: {shorten(images.classes)}"
     )
-    print(f"scale of the latents {vae.scale:.4f} ({RELEASED_SCALE} if the VAE's file has none)")
+    print(f"scale of the latents {vae.scale:.4f}")
     if side % 8 and side not in (2, 4, 6):
         rule = "an even side up to 16 (XS: 8), above it a multiple of 8 (XS: of 4)"
         print(f"latents of {side} x {side}: MRAR needs {rule}")
@@ -616,12 +618,13 @@ class LatentCache:
 
     def moments(self, indices, flips):
         """float16 [..., 2 z, h, w] of the images `indices` [...]; flips [...]: 1 = mirrored."""
-        count = math.prod(self.row_shape)  # numbers of 2 bytes
-        rows = []
+        size = 2 * math.prod(self.row_shape)  # bytes
+        rows = bytearray()
         for i, flip in zip(indices.flat, flips.flat):
-            start = HEADER + 2 * count * (2 * (i % PART) + flip)
-            rows.append(np.fromfile(self.parts[i // PART], np.float16, count, offset=start))
-        return np.stack(rows).reshape(*indices.shape, *self.row_shape)
+            with open(self.parts[i // PART], "rb", buffering=0) as file:
+                file.seek(HEADER + size * (2 * (i % PART) + flip))
+                rows += file.read(size)
+        return np.frombuffer(rows, np.float16).reshape(*indices.shape, *self.row_shape)
 
     def latents(self, moments, device, chains):
         """Latents [B, refs, C, H, W] on the device, drawn from a batch of moments; chains: the

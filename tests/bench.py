@@ -316,6 +316,7 @@ def write_random_cache(folder, n, shape):
     for i, path in enumerate(part_paths(folder, -(-n // PART))):
         np.save(path, moments[: n - i * PART])
     np.save(folder / "labels.npy", np.arange(n) % 1000)
+    write_json(folder / "names.json", [f"{k % 1000}/{k}" for k in range(n)])
     info = dict(classes=[str(k) for k in range(1000)], vae_digest="", images="")
     record = dict(shape=[n, *shape], scale=1.0, info=info)
     write_json(folder / "cache.json", record)

@@ -159,7 +159,8 @@ def test_chains_of_scales_are_trained_drawn_and_resumed(project, tiny, run, refu
     out = run(f"finetune_mrar.py {flags} --log-every 1 --lr 0 --dtype fp32").out
     assert "0.3 epochs of 60 chains" in out  # every image is a chain
     # The weights stay, so the loss of step 1 can be computed from them.
-    moments, labels = map(torch.from_numpy, Chains(LatentCache("cache"), np.arange(60), 1, 8, seed=0)[0])
+    chains = Chains(LatentCache("cache"), np.arange(60), 1, 8, seed=0)
+    moments, labels = map(torch.from_numpy, chains[0])
     net = load_checkpoint("runs/mrar/last.pt", ema=False).train()
     torch.manual_seed(derive_seed(0, 0, 0))
     loss = net.loss(growing_scales(draw(moments) * SCALE), labels).item()
