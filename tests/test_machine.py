@@ -96,9 +96,7 @@ def test_fewer_images_are_encoded_at_once_the_larger_they_are(tmp_path, monkeypa
     monkeypatch.setattr(vae, "show_reconstructions", lambda *_: 0.0)
     save_small_vae(tmp_path / "vae.pt")
     np.savez(tmp_path / "s.npz", images=np.zeros((10, 4, 4), np.uint8) + 7, labels=[0] * 10)
-    encode_images(
-        Images(tmp_path / "s.npz", 512), load_vae(tmp_path / "vae.pt"), tmp_path / "c"
-    )
+    encode_images(Images(tmp_path / "s.npz", 512), load_vae(tmp_path / "vae.pt"), tmp_path / "c")
     assert sizes == [8, 2]
 
 

@@ -331,9 +331,7 @@ def test_a_resumed_run_says_how_its_learning_rate_changes(project, tiny, run):
     assert "learning rate 0.05, was 0.025, peak 0.1," in out
 
 
-def test_without_pictures_held_out_losses_are_logged_at_least_ten_times(
-    project, tiny, monkeypatch
-):
+def test_without_pictures_held_out_losses_are_logged_at_least_ten_times(project, tiny, monkeypatch):
     monkeypatch.setattr(train, "ema_loss", lambda *args: 0.5)
     run_in_process(f"train.py {SHORT} --steps 20 --holdout 0.3 --sample-every 0")
     for name in ("holdout_loss", "seen_loss"):
