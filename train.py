@@ -217,26 +217,26 @@ def train(args, last=None, init=None, model_class=TransDiff):
     amp = autocast(device, args.dtype)
     out = Path(args.out)
     train_images, test_images = split(cache, args.holdout)
-    refs = args.refs  # images read per chain; args.refs: images in it, 4 for scales
+    read = args.refs  # images read for a chain
     listed = None
     if args.chains == "scales":
-        refs = 1  # `growing_scales` makes a chain of one image
+        read = 1  # `growing_scales` makes a chain of it
     elif args.chains != "images":
-        listed = read_chains(args.chains, cache, train_images, refs)
+        listed = read_chains(args.chains, cache, train_images, read)
     chains = Chains(
-        cache, train_images, refs, args.batch_size, args.seed, args.mirror, RANK, WORLD, listed
+        cache, train_images, read, args.batch_size, args.seed, args.mirror, RANK, WORLD, listed
     )
     # To evaluate: as many images of either part, in random chains even if --chains lists some.
-    fixed = dict(refs=refs, batch_size=512 // args.refs, seed=0, mirror=args.mirror)
+    fixed = dict(refs=read, batch_size=512 // args.refs, seed=0, mirror=args.mirror)
     held_out = Chains(cache, test_images, **fixed)
     seen = Chains(cache, train_images, **fixed)
     if not chains.chains_per_epoch:
         raise UserError(
-            f"--data {args.data}: no class has {refs} images to train on (--holdout {args.holdout})"
+            f"--data {args.data}: no class has {read} images to train on (--holdout {args.holdout})"
         )
     empty = [cache.classes[k] for k in chains.empty]
     if empty:
-        missing = "images" if refs == 1 else f"chain of {refs}"
+        missing = "images" if read == 1 else f"chain of {read}"
         say(f"{len(empty)} of {len(cache.classes)} classes have no {missing}: {shorten(empty)}")
     steps_per_epoch = chains.chains_per_epoch / args.batch_size
     steps = args.steps or math.ceil(args.epochs * steps_per_epoch)
@@ -320,7 +320,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
     say(f"TransDiff-{args.size}: {num_params:,} parameters on {WORLD} x {device.type}")
     say(
         f"{steps / steps_per_epoch:.1f} epochs of {chains.chains_per_epoch:,} chains from "
-        f"{chains.chains_per_epoch * refs:,} images of {len(cache.classes)} classes, "
+        f"{chains.chains_per_epoch * read:,} images of {len(cache.classes)} classes, "
         f"{len(test_images):,} held out, in {args.dtype}"
     )
     say(
