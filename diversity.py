@@ -1,4 +1,4 @@
-"""Diversity of the semantic features (Section 4.2.2, Eq. 13-15): how alike those of one image are.
+"""Diversity of the semantic features (Section 4.2.2, Eq. 13-15): how alike those of one chain are.
 
     python diversity.py                                    the bundled model
     python diversity.py --ckpt runs/train/ema-*.pt > curve.csv    of --keep-every (Figure 4a)
@@ -49,7 +49,7 @@ def chain_features(model, labels, seed):
 def measure(model, seeds, device):
     """Means over classes and seeds of Eq. 15, of Eq. 15 centred, and of the release's measure.
 
-    A vector common to all features makes every S_ij positive, but to the decoder it is a bias:
+    A vector common to all features raises every S_ij, but to the decoder it is a bias:
     added to all keys it leaves the softmax as it is, added to all values it shifts the result.
     `centred` takes it off: the mean over the classes and positions of one seed.
     """

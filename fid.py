@@ -1,7 +1,7 @@
 """Stage 4: FID, Inception Score, precision and recall of samples (the measures of Tables 1-3).
 
     python fid.py --samples samples.npz --ref VIRTUAL_imagenet256_labeled.npz
-        against ADM's reference batch, as the paper
+        against ADM's reference batch, as the release
     python fid.py --samples train/ --image-size 256 --save-stats stats.npz
         statistics of a large set, for --ref stats.npz
     python fid.py --samples samples.npz --ref SRC --net demo/features.pt
@@ -175,7 +175,7 @@ def main():
     network = sha256_prefix(Path(path).read_bytes())
     made_with = f"network {network} and images of {samples.shape} px"
 
-    # -------- reference: statistics, images or, in ADM's batches, both: statistics of more images
+    # -------- reference: statistics, images or both (ADM's batches: statistics of more images)
     reference = args.ref
     stats = None
     if args.ref and args.ref.endswith(".npz"):

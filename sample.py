@@ -166,8 +166,8 @@ def main():
     batches = torch.from_numpy(labels).to(device).split(args.batch_size)
     mine = range(len(batches))
     if is_set:
-        # Each process draws every WORLD-th batch; an unfinished set is resumed, by any number of
-        # them, unless something differs that changes the images.
+        # Each process draws every WORLD-th batch; any number of them can resume an
+        # unfinished set, if all that decides the images is the same.
         partial = Path(f"{out}.partial")
         paths = part_paths(partial, len(batches))
         mine = missing_parts(paths)

@@ -51,7 +51,7 @@ RECIPES = {
     # another lr may suit float32.
     "MRAR": dict(PAPER, epochs=40, lr=5e-5, warmup=1 / 4, batch_mul=2),
     "only decoder": dict(PAPER, epochs=150, lr=1e-4, warmup=1 / 15, batch_mul=4, ema=0.999),
-    # Fewer images; batch_size counts images here, in "later" stages too: MRAR, or from --init.
+    # Fewer images. batch_size counts images, not chains. "later": MRAR, or a run from --init.
     # Steps: as many as the epochs need, at least `steps`. lr is that of S.
     "few": dict(OURS, steps=5000, epochs=400, lr=1e-3, batch_mul=4, batch_size=256),
     "few, later": dict(OURS, steps=500, epochs=40, lr=2.5e-4, batch_mul=2, batch_size=256),
@@ -86,8 +86,8 @@ class Chains(Dataset):
     Step s takes chains s B to (s + 1) B - 1; each process takes an equal part. The seed,
     the step and the rank determine an item, so a run can resume at any step.
 
-    Given the class, the images of a random chain are independent, so the best condition c_k is the
-    same for every k: references tell nothing that the class does not. The paper (Section 3.2.2)
+    Given the class, the images of a random chain are independent, so the best condition is the
+    same for all of them: references tell nothing that the class does not. The paper (Section 3.2.2)
     expects them to help. For chains in which they can, see `growing_scales` and `read_chains`.
     """
 
@@ -226,7 +226,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
     chains = Chains(
         cache, train_images, read, args.batch_size, args.seed, args.mirror, RANK, WORLD, listed
     )
-    # To evaluate: as many images of either part, in random chains even if --chains lists some.
+    # To evaluate: 512 held-out and 512 training images, in random chains even with --chains FILE.
     fixed = dict(refs=read, batch_size=512 // args.refs, seed=0, mirror=args.mirror)
     held_out = Chains(cache, test_images, **fixed)
     seen = Chains(cache, train_images, **fixed)
@@ -356,8 +356,8 @@ def train(args, last=None, init=None, model_class=TransDiff):
     started = saved = time.monotonic()
 
     for step, (moments, labels) in enumerate(bar, first_step):
-        # Of the posterior, dropped labels, t, noise, dropout. A run resumed with as many processes
-        # and micro-batches draws the same.
+        # Seeds the posterior, dropped labels, t, noise and dropout. A resumed run draws the same,
+        # given as many processes and micro-batches.
         torch.manual_seed(derive_seed(args.seed, step, RANK))
         lr = learning_rate(step, steps, args.lr, args.warmup, args.cooldown)
         for group in optimizer.param_groups:
@@ -366,7 +366,7 @@ def train(args, last=None, init=None, model_class=TransDiff):
         labels = torch.from_numpy(labels).split(micro_batch)
         mean_loss = 0.0
         for i, (m, y) in enumerate(zip(moments, labels)):
-            # DDP averages the gradients of the processes: with the last part alone. Else unused.
+            # DDP averages the gradients over the processes in the last micro-batch alone.
             forward.require_backward_grad_sync = i == accumulate - 1
             latents = cache.latents(m, device, args.chains)
             y = y.to(device, non_blocking=True)

@@ -303,8 +303,8 @@ def crop(image, width, height):
 
 def center_crop(image, size):
     """PIL image -> uint8 [size, size, 3], as ADM crops (Dhariwal & Nichol 2021): halve by box
-    filter while twice too large, then bicubic, then the centre square. Of an image over 8 times as
-    long as wide only the middle is enlarged, which saves memory."""
+    filter while twice too large, then bicubic, then the centre square. An image over 8 times as
+    long as wide is cropped first, to save memory."""
     longest = 8 * min(image.size)
     image = crop(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * size:
@@ -315,9 +315,9 @@ def center_crop(image, size):
 
 
 def walk(folder, left_out, parents=()):
-    """Paths of all images below a folder, sorted; counts in `left_out`, by reason, what is none.
+    """Paths of all images below a folder, sorted; counts the others in `left_out`, by reason.
 
-    Links are followed. A file that cannot be read is an image: its reader names it.
+    Links are followed. A file that cannot be read counts as an image: its reader names it.
     """
     parents = (*parents, os.path.realpath(folder))
     for name in sorted(os.listdir(folder)):
@@ -343,7 +343,7 @@ class Images(Dataset):
     path      folder of class folders (not labelled: of images, at any depth), or .npz of uint8
               images and labels
     size      pixels: crop every image to size x size; None: take them as they are, all of one size
-    labelled  to train on them: an image that cannot be read is NaN, float32; else it is an error
+    labelled  for training: an image that cannot be read becomes NaN, float32; else it is an error
     It has labels, int64 [N]; classes, their names; names, CLASS/FILE or CLASS/NUMBER of each image;
     shape, (H, W); files, what it is read from; path.
     """
@@ -573,7 +573,7 @@ def show_reconstructions(originals, vae, path, device):
 def growing_scales(latents):
     """Chains of scale AR (Table 4): one image at 1/8, 1/4, 1/2 and all of its resolution.
 
-    The paper does not describe them. Here the latent is averaged, and enlarged again bilinearly.
+    The paper does not describe them. Here: average pooling, then bilinear upsampling.
 
     latents  [B, 1, C, H, W]
     Returns [B, 4, C, H, W].
