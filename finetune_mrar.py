@@ -5,7 +5,7 @@
 
 The loop is train.py's. What differs: an item is a chain of `refs` images of one class (Eq. 11), and
 the mask is block-causal (Figure 3 e; the paper writes "causal"). The run starts from stage 1's EMA
-weights and size; if --init is a run or its last.pt, also from its images, holdout and mirror. The
+weights and size; if --init is a run or its files, also from its images, holdout and mirror. The
 one mask embedding of stage 1 is copied into every mask token.
 """
 

@@ -590,7 +590,7 @@ class TransDiff(nn.Module):
             _, cross_mask = attention_masks(self.config, x.device)  # image k: c_0 ... c_k
         v = self.decoder(x_t, t, keys_values, cross_mask)
         error = (v.float() - (eps - x)).square()  # Eq. 5, 8
-        return error.mean() if reduce else error.mean((2, 3, 4))  # per number of the image
+        return error.mean() if reduce else error.mean((2, 3, 4))  # mean, not the sum of Eq. 5
 
     # DistributedDataParallel wraps forward. A subclass with its own loss repeats this line.
     forward = loss
@@ -848,7 +848,7 @@ def run_main(main, interrupted="", out_of_memory=""):
 
     interrupted, out_of_memory  remedies to add to these two lines
     """
-    # No terminal, or one of few letters: what is said never stops what is done.
+    # Without a terminal, or with an ASCII one, printing must not fail.
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
         setattr(sys, name, stream)

@@ -147,7 +147,7 @@ def read_chains(path, cache, images, refs):
 
     A line is {"cate": a class folder, "files": [names of its files]}; suffixes are not compared.
 
-    cache   of a folder: it keeps the names of the files
+    cache   its names are CLASS/FILE, of an .npz CLASS/NUMBER
     images  indices of those to use; chains with others are left out
     refs    images in each chain
     """
@@ -582,8 +582,8 @@ def training_parser(doc, out):
     number(
         "--holdout",
         fraction,
-        "part of the images to keep out, 0 to 1; log.csv has the EMA weights' loss of them and of "
-        "as many trained on: only the distance of the two and their trend tell something",
+        "part of the images to keep out, 0 to 1; log.csv has the EMA weights' loss on 512 of "
+        "them and on 512 trained on: compare these two, not the training loss",
     )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add("--resume", action="store_true", help="continue from OUT/last.pt with the flags of its run")
@@ -617,7 +617,7 @@ def training_parser(doc, out):
         "run, at most 10,000)",
     )
     # The machine.
-    number("--accumulate", count, "micro-batches per step on each process; None: by a GPU's memory")
+    number("--accumulate", count, "micro-batches per step on each process; None: by the memory")
     number("--workers", bounded(int, 0), "processes that read data")
     add("--dtype", choices=["bf16", "fp32"], help="of autocast (default: %(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile")

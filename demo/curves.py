@@ -1,4 +1,4 @@
-"""Draw the losses of training runs; and the pictures of claims.py.
+"""Draw the losses of training runs; claims.py uses the rest.
 
 python demo/curves.py                   losses of runs/train, from its log.csv, as loss.png there
 python demo/curves.py runs/a runs/b     of several runs in one picture, runs/curves/loss.png

@@ -1,4 +1,4 @@
-"""Draw the attention masks (Figure 3), the way of the sampler, and what the semantic features hold:
+"""Draw the attention masks (Figure 3), the sampler's path, and what the semantic features hold:
 Figures 1 and 5 of the paper, and S of Eq. 14.
 
     python demo/figures.py masks

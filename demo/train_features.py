@@ -9,7 +9,7 @@ like ImageNet's.
         distances in its features (not FID)
 
 It has 64 features. Every fifth image is held out; the last line has the accuracy on those. The file
-is TorchScript, of about 0.3 MB, and is called like NVIDIA's Inception file.
+is TorchScript, of about 0.3 MB, with the interface of NVIDIA's Inception file.
 """
 
 import io

@@ -9,7 +9,7 @@ and KL: LDM's without the perceptual and the GAN terms. `l1` in the progress bar
 in units of [-1, 1]: 0.02 is sharp. OUT has weights in float16, `image_size` and the scale of the
 latents; a picture of originals over reconstructions is written beside it.
 
-OUT.partial holds a checkpoint of every 100 steps. A command that was stopped resumes when repeated.
+OUT.partial holds one checkpoint, renewed every 100 steps. A stopped command resumes when repeated.
 """
 
 import math
