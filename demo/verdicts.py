@@ -164,12 +164,11 @@ COMPARISONS = (
         "MRAR, features",
         "control, features",
     ),
-    Comparison(
-        "the features of 1-step AR are more diverse than those of scale AR, Eq. 15",
+    *diversity(
+        "the features of 1-step AR are more diverse than those of scale AR",
         "scales",
         "stage 1",
         "scale AR",
-        "similarity (Eq. 15)",
     ),
     *diversity(
         "features become more diverse in training",
