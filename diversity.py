@@ -4,8 +4,8 @@
     python diversity.py --ckpt runs/train/ema-*.pt > curve.csv    of --keep-every (Figure 4a)
 
 The table on stdout is CSV. `similarity` is the mean |S_ij| over i != j (Eq. 15), smaller is more
-diverse; `centred` is Eq. 15 of the features less their mean (`measure`); `released` is the release's
-measure, the mean of all of S, diagonal and signs included. The features are the AR Transformer's
+diverse; `centred` is Eq. 15 of the features less their mean (`measure`); `released` is that of the
+release, the mean of all of S, diagonal and signs included. The features are the AR Transformer's
 output before the second position embedding, for MRAR those of the whole chain. Those of 1-step AR
 are a function of the class alone: no seed changes them.
 """
