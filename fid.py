@@ -49,8 +49,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu     [D], float64
     sigma  [D, D], symmetric, float64
 
-    The trace of the root is the sum of the roots of the eigenvalues of S1 S2. Its error is about 1e-6
-    of the traces for singular covariances too (fewer images than features), unlike a matrix root's.
+    The trace of the root is the sum of the roots of the eigenvalues of S1 S2. Its error is 1e-6 of
+    the traces for singular covariances too (fewer images than features), unlike a matrix root's.
     """
     cross = torch.linalg.eigvals(sigma1 @ sigma2).sqrt().real.sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
