@@ -1,4 +1,4 @@
-"""Draw the losses of training runs; claims.py uses the rest.
+"""Draw the losses of training runs; claims.py draws its pictures with the other functions.
 
 python demo/curves.py                   losses of runs/train, from its log.csv, as loss.png there
 python demo/curves.py runs/a runs/b     of several runs in one picture, runs/curves/loss.png
