@@ -131,6 +131,7 @@ def test_imagenet_is_drawn_in_equal_numbers(run):
     weights = np.random.default_rng(0).integers(732, 1301, 1000)
     assert sample.in_turn(np.ones(1000), 50_000).tolist() == [*range(1000)] * 50
     assert sample.in_turn(np.array([5, 1]), 4).tolist() == [0, 0, 1, 0]  # shares of 3.3 and 0.7
+    assert sample.in_turn(np.array([8, 1]), 4).tolist() == [0, 0, 0, 0]  # 3.6 and 0.4
     drawn = np.bincount(sample.in_turn(weights, 50_000))
     assert np.abs(drawn - 50_000 * weights / weights.sum()).max() < 1
 
