@@ -323,8 +323,7 @@ def by_claim(table):
 def compare(tables):
     """Result of each comparison whose two settings are in the tables.
 
-    The other setting may be that of another claim: outside `baselines` and `t`, which have all of
-    theirs, a name means the same run in all claims (CLAIMS.md).
+    The other setting may be that of another claim: a name means the same run in all claims.
     """
     anywhere = {}
     for settings in tables.values():
